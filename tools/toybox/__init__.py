@@ -1,0 +1,1 @@
+"""How toybox, the base model that ships with sdlora, and the sample datasets are made and judged."""
