@@ -22,13 +22,8 @@ class LowRank:
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        if (
-            len(down) not in (2, 4)
-            or len(up) not in (2, 4)
-            or up[2:] not in ((), (1, 1))
-            or up[1] != down[0]
-            or not up[1]
-        ):
+        pointwise = len(up) == 2 or up[2:] == (1, 1)
+        if len(down) not in (2, 4) or not pointwise or up[1] != down[0] or down[0] == 0:
             raise SdloraError(
                 f"down {down} and up {up} are no low-rank pair; (rank, in[, kh, kw]) and (out, rank[, 1, 1]) are wanted"
             )
@@ -47,7 +42,7 @@ class LowRank:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the delta can be added to a weight of this shape: equal up to trailing ones, (o, i) fits (o, i, 1, 1)."""
+        """Whether the delta can be added to a weight of this shape: (out, in) fits (out, in, 1, 1) and the reverse."""
         return _without_trailing_ones(self.shape) == _without_trailing_ones(shape)
 
     def weight(self, base: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Which modules training wraps: presets by name, or patterns over module paths."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from sdlora.errors import SdloraError, nearest
+
+WRAPPABLE = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Modules whose path ends in one of the patterns and that are of one of the kinds."""
+
+    patterns: tuple[str, ...]
+    kinds: tuple[type[nn.Module], ...] = WRAPPABLE
+
+
+# diffusers spells attention to_q ... and feed-forward ff.net, transformers' text encoders q_proj ... and mlp.
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
+
+TARGETS: Mapping[str, Preset] = {
+    "attention": Preset(_ATTENTION),
+    "attention+ff": Preset(_ATTENTION + _FEED_FORWARD),
+    "linear": Preset(("*",), (nn.Linear,)),
+    "all": Preset(("*",)),
+}
+
+
+def select(components: Mapping[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
+    """Paths ("unet.mid_block...to_q") of the Linear and Conv2d modules that `targets` names, in the model's order.
+
+    targets: names of TARGETS and patterns (fnmatch: *, ?, [..]), one or several. A pattern is held against the whole
+    path and against its end: "to_q", "unet.mid_block.*", "unet.*.attn2.to_k". None may match nothing: SdloraError.
+    """
+    modules = {
+        f"{component}.{name}": module
+        for component, root in components.items()
+        for name, module in root.named_modules()
+        if name and isinstance(module, WRAPPABLE)
+    }
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if not names:
+        raise SdloraError(f"no targets given; name a preset ({', '.join(TARGETS)}) or patterns")
+    chosen = {path for name in names for path in _matching(name, modules)}
+    return [path for path in modules if path in chosen]
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches as a whole or in their end; none raises SdloraError with the nearest names."""
+    paths = list(paths)
+    matches = [path for path in paths if fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")]
+    if not matches:
+        raise SdloraError(_unmatched(pattern, paths))
+    return matches
+
+
+def _matching(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    if name not in TARGETS:
+        return matching(name, modules)
+    preset = TARGETS[name]
+    paths = [path for path, module in modules.items() if isinstance(module, preset.kinds)]
+    # A preset lists the spellings of several libraries, so only all of them together must match something.
+    matches = [path for path in paths if any(fnmatchcase(path, f"*.{pattern}") for pattern in preset.patterns)]
+    if not matches:
+        raise SdloraError(_unmatched(name, modules))
+    return matches
+
+
+def _unmatched(pattern: str, paths: Iterable[str]) -> str:
+    """The error line. Nearness is judged on what follows the last star, against every end of every path."""
+    paths = list(paths)
+    components = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths)) or "the model"
+    ends = {".".join(parts[start:]) for parts in (path.split(".") for path in paths) for start in range(len(parts))}
+    tail = pattern.rpartition("*")[2].strip(".") or pattern
+    hint = nearest(tail, [*TARGETS, *sorted(ends)])
+    return f"target {pattern!r} matches no Linear or Conv2d in {components}{hint}; presets: {', '.join(TARGETS)}"
