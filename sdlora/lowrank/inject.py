@@ -12,7 +12,7 @@ from torch import nn
 from sdlora.errors import SdloraError, nearest
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.layers import LoRAConv2d, LoRALayer, LoRALinear, check_fit, copy_into, delta_of, wrap
-from sdlora.lowrank.targets import matching, select
+from sdlora.lowrank.targets import matching, modules_of, select
 
 Number = TypeVar("Number", int, float)
 
@@ -158,19 +158,14 @@ def inject(
             raise SdloraError(f"{name} carries LoRA layers already; remove() them first")
     if not 0 <= dropout < 1:
         raise SdloraError(f"dropout is {dropout}; it must be at least 0 and below 1")
-    paths = select(components, targets)
+    modules, paths = modules_of(components), select(components, targets)
     rank_of, alpha_of = _per_module(paths, rank, ranks), _per_module(paths, alpha, alphas)
     layers: dict[str, LoRALayer] = {}
     for path in paths:
         with _naming(path):
             _check(rank_of[path], alpha_of[path])
-            layers[path] = wrap(_module(components, path), rank_of[path], alpha_of[path], dropout, generator)
+            layers[path] = wrap(modules[path], rank_of[path], alpha_of[path], dropout, generator)
     return Injection(components, layers)
-
-
-def _module(components: Mapping[str, nn.Module], path: str) -> nn.Module:
-    component, _, name = path.partition(".")
-    return components[component].get_submodule(name)
 
 
 def _per_module(paths: Sequence[str], usual: Number, exceptions: Mapping[str, Number] | None) -> dict[str, Number]:

@@ -31,18 +31,26 @@ TARGETS: Mapping[str, Preset] = {
 }
 
 
-def select(components: Mapping[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
-    """Paths ("unet.mid_block...to_q") of the Linear and Conv2d modules that `targets` names, in the model's order.
+def modules_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every Linear and Conv2d by its path ("unet.mid_block...to_q"), in the model's order.
 
-    targets: names of TARGETS and patterns (fnmatch: *, ?, [..]), one or several. A pattern is held against the whole
-    path and against its end: "to_q", "unet.mid_block.*", "unet.*.attn2.to_k". None may match nothing: SdloraError.
+    CLIP's paths keep the level text_model, as every LoRA file spells them, though transformers 5 has dropped it.
     """
-    modules = {
-        f"{component}.{name}": module
+    return {
+        f"{component}.{_dropped_level(root)}{name}": module
         for component, root in components.items()
         for name, module in root.named_modules()
         if name and isinstance(module, WRAPPABLE)
     }
+
+
+def select(components: Mapping[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
+    """Paths of the Linear and Conv2d modules that `targets` names, in the model's order (see `modules_of`).
+
+    targets: names of TARGETS and patterns (fnmatch: *, ?, [..]), one or several. A pattern is held against the whole
+    path and against its end: "to_q", "unet.mid_block.*", "unet.*.attn2.to_k". None may match nothing: SdloraError.
+    """
+    modules = modules_of(components)
     names = [targets] if isinstance(targets, str) else list(targets)
     if not names:
         raise SdloraError(f"no targets given; name a preset ({', '.join(TARGETS)}) or patterns")
@@ -57,6 +65,11 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
     if not matches:
         raise SdloraError(_unmatched(pattern, paths))
     return matches
+
+
+def _dropped_level(root: nn.Module) -> str:
+    children = {name for name, _ in root.named_children()}
+    return "text_model." if {"embeddings", "encoder", "final_layer_norm"} <= children else ""
 
 
 def _matching(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
