@@ -119,7 +119,7 @@ def test_lowrank_needs_nothing_but_torch(module: str) -> None:
         for name in imports_of(module)
         if name.split(".")[0] not in allowed and not name.startswith(("sdlora.lowrank", "sdlora.errors"))
     }
-    assert not foreign
+    assert not foreign, f"{module} may not import {', '.join(foreign)}"
 
 
 @pytest.mark.parametrize("module", [module for module in WITHOUT_TORCH if module in SOURCES])
@@ -140,4 +140,5 @@ def test_what_the_command_line_reads_first_comes_without_torch(module: str) -> N
 def test_functions_fit_a_screen(module: str) -> None:
     functions = (node for node in ast.walk(SOURCES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    long = {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    assert not long, f"{module} has functions of more than {LONGEST_FUNCTION} lines: {long}"
