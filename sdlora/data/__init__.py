@@ -1,0 +1,1 @@
+"""From a folder of captioned pictures to batches: scanning, buckets, pictures as tensors, the cache."""
