@@ -1,0 +1,1 @@
+"""Training: config, the loop and its objective, optimisers, checkpoints, the run folder."""
