@@ -1,0 +1,1 @@
+"""Generation: jobs, denoising, pictures that carry their settings."""

@@ -1,0 +1,1 @@
+"""Mixing: adapters and their weights over one pipeline."""

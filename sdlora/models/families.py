@@ -1,0 +1,110 @@
+"""What differs between SD (1.x, 2.x, toybox) and SDXL: components, conditioning, and the call of the UNet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.errors import SdloraError
+
+Conditioning = Mapping[str, Tensor]  # batch first; what the UNet is told beside latents and timesteps
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family is data and functions; training and generation go through the same ones.
+
+    encode(pipeline, captions): the conditioning, differentiable with respect to the text encoders.
+    unconditional(pipeline, captions): the same for negative prompts, of which empty ones may be special.
+    predict(unet, latents, timesteps, conditioning, sizes): what the model predicts, in the latents' shape;
+    sizes: (n, 6) original height and width, crop top and left, target height and width; None: the latents' own.
+    """
+
+    name: str
+    text_encoders: tuple[str, ...]
+    encode: Callable[[Any, Sequence[str]], Conditioning]
+    unconditional: Callable[[Any, Sequence[str]], Conditioning]
+    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning, Tensor | None], Tensor]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What a LoRA can change."""
+        return ("unet", *self.text_encoders)
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a pipeline; SdloraError for one that sdlora does not know."""
+    name = type(pipeline).__name__
+    if name not in FAMILIES:
+        raise SdloraError(f"the model is a {name}; sdlora works with {' and '.join(FAMILIES)} models")
+    return FAMILIES[name]
+
+
+def components_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The modules that a LoRA can change, by component."""
+    return {name: getattr(pipeline, name) for name in family_of(pipeline).components}
+
+
+def truncated(pipeline: Any, caption: str) -> str:
+    """The end of the caption that does not fit into the text encoder's window, or ""."""
+    tokenizer = pipeline.tokenizer
+    room = tokenizer.model_max_length - 2  # start and end token
+    tokens = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
+
+
+def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:
+    window = tokenizer.model_max_length
+    batch = tokenizer(list(captions), padding="max_length", truncation=True, max_length=window, return_tensors="pt")
+    return batch.input_ids.to(device)
+
+
+def _encode_sd(pipeline: Any, captions: Sequence[str]) -> Conditioning:
+    encoder = pipeline.text_encoder
+    return {"encoder_hidden_states": encoder(_tokens(pipeline.tokenizer, captions, encoder.device))[0]}
+
+
+def _predict_sd(
+    unet: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor | None = None
+) -> Tensor:
+    return unet(latents, timesteps, conditioning["encoder_hidden_states"], return_dict=False)[0]
+
+
+def _encode_sdxl(pipeline: Any, captions: Sequence[str]) -> Conditioning:
+    """The last hidden state but one of both encoders, and the second's pooled projection (arXiv:2307.01952, 2.1)."""
+    states, pooled = [], None
+    for suffix in ("", "_2"):
+        encoder = getattr(pipeline, f"text_encoder{suffix}")
+        tokens = _tokens(getattr(pipeline, f"tokenizer{suffix}"), captions, encoder.device)
+        output = encoder(tokens, output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output[0]
+    assert pooled is not None
+    return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
+
+
+def _unconditional_sdxl(pipeline: Any, captions: Sequence[str]) -> Conditioning:
+    """An empty negative prompt is zeros where the model was trained so, as its config says."""
+    conditioning = _encode_sdxl(pipeline, captions)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        return conditioning
+    told = torch.tensor([bool(caption) for caption in captions], device=conditioning["text_embeds"].device)
+    return {name: value * told.view(-1, *[1] * (value.ndim - 1)) for name, value in conditioning.items()}
+
+
+def _predict_sdxl(
+    unet: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor | None = None
+) -> Tensor:
+    if sizes is None:
+        height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+        sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(latents), 6)
+    states = conditioning["encoder_hidden_states"]
+    added = {"text_embeds": conditioning["text_embeds"], "time_ids": sizes.to(states)}
+    return unet(latents, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+SD = Family("sd", ("text_encoder",), _encode_sd, _encode_sd, _predict_sd)
+SDXL = Family("sdxl", ("text_encoder", "text_encoder_2"), _encode_sdxl, _unconditional_sdxl, _predict_sdxl)
+FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
