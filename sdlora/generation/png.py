@@ -1,0 +1,78 @@
+"""Pictures on disk: PNGs that carry their job as JSON, and as the text that A1111 and its kin read."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+import sdlora
+from sdlora.errors import SdloraError
+from sdlora.generation.job import SCHEDULERS, Job, LoraWeight
+from sdlora.generation.render import Picture
+
+CHUNK = "sdlora"
+
+
+def save(picture: Picture, folder: Path) -> Path:
+    """Write the picture as a PNG of a new name, counted up from those in the folder; never over another file."""
+    text = PngInfo()
+    text.add_text(CHUNK, json.dumps({"version": sdlora.__version__, "job": asdict(picture.job)}))
+    text.add_itxt("parameters", parameters(picture.job))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = _reserve(folder, picture.job)
+        picture.image.save(path, pnginfo=text)
+    except OSError as error:
+        raise SdloraError(f"no picture can be written to {folder} ({error.strerror}); give another folder") from error
+    return path
+
+
+def read_job(path: Path) -> Job:
+    """The job of a picture that sdlora made; SdloraError for any other file."""
+    try:
+        with Image.open(path) as image:
+            told = json.loads(image.info[CHUNK])["job"]
+        return Job(**{**told, "loras": tuple(LoraWeight(**lora) for lora in told["loras"])})
+    except (OSError, UnidentifiedImageError) as error:
+        raise SdloraError(f"{path} is no readable picture; give a PNG that sdlora made") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise SdloraError(f"{path} carries no sdlora settings; give a PNG that sdlora made") from error
+
+
+def parameters(job: Job) -> str:
+    """The job in the form A1111 writes and reads ("infotext")."""
+    loras = "".join(f" <lora:{Path(lora.path).stem}:{lora.text_encoder:g}:{lora.unet:g}>" for lora in job.loras)
+    lines = [job.prompt + loras]
+    if job.negative_prompt:
+        lines.append(f"Negative prompt: {job.negative_prompt}")
+    sampler = SCHEDULERS[job.scheduler][2] if job.scheduler in SCHEDULERS else "Automatic"
+    fields = {
+        "Steps": job.steps,
+        "Sampler": sampler,
+        "CFG scale": f"{job.guidance_scale:g}",
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": Path(job.model).stem,
+    }
+    if job.loras:
+        hashes = ", ".join(f"{re.sub('[:,]', '', Path(lora.path).stem)}: {lora.sha256[:12]}" for lora in job.loras)
+        fields["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+    fields["Version"] = f"sdlora {sdlora.__version__}"
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in fields.items())])
+
+
+def _reserve(folder: Path, job: Job) -> Path:
+    """An empty file of a name that nobody else has: 0001-seed7-a-red-cat.png."""
+    words = "-".join(re.findall(r"[a-z0-9]+", job.prompt.lower()))[:40].strip("-") or "picture"
+    number = max((int(m[1]) for p in folder.glob("*.png") if (m := re.match(r"(\d{4,})-", p.name))), default=0) + 1
+    while True:
+        path = folder / f"{number:04d}-seed{job.seed}-{words}.png"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            return path
+        except FileExistsError:
+            number += 1
