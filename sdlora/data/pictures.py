@@ -38,6 +38,16 @@ def fit(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, bucket, method=Image.Resampling.LANCZOS)
 
 
+def placement(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int, int, int, int, int]:
+    """How `fit` cuts: original height and width, top and left of the cut after scaling, height and width of the bucket.
+
+    SDXL is told these six numbers (arXiv:2307.01952, section 2.2).
+    """
+    factor = cover(size, bucket)
+    left, top = (round((side * factor - cut) / 2) for side, cut in zip(size, bucket, strict=True))
+    return size[1], size[0], top, left, bucket[1], bucket[0]
+
+
 def pixels(image: Image.Image) -> Tensor:
     """(3, height, width) in [-1, 1], float32, which is what the VAE takes."""
     values_hwc = torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
