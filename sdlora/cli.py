@@ -1,0 +1,190 @@
+"""The command line: verbs over the functions that do the work. What is heavy is imported where it is used."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from sdlora import __version__
+from sdlora.errors import SdloraError
+from sdlora.generation.job import SCHEDULERS, Job, parse_lora, parse_size
+from sdlora.training.config import TrainConfig, load
+
+app = App(
+    name="sdlora",
+    help="Train Stable Diffusion LoRAs, mix them, and know what they hold.",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+    print_error=False,
+    exit_on_error=False,
+    result_action="return_value",
+)
+FAILED, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command (None: that of this process). Whatever a person can mend is one line on stderr and exit code 2."""
+    try:
+        app(sys.argv[1:] if argv is None else list(argv))
+    except UnusedCliTokensError as error:
+        tokens = " ".join(map(repr, error.unused_tokens or ()))
+        _exit(FAILED, f"cannot tell what {tokens} is for; quote texts with spaces, and repeat a flag for each value")
+    except (CycloptsError, SdloraError) as error:
+        _exit(FAILED, str(error))
+    except KeyboardInterrupt as interrupt:
+        _exit(INTERRUPTED, str(interrupt) or "interrupted")
+
+
+def _exit(code: int, why: str) -> NoReturn:
+    print("sdlora:", " ".join(why.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _flags_of(config: type) -> type:
+    """A class of the config's fields as flags, all None until they are given; help comes from the fields."""
+    hints = get_type_hints(config)
+    flags = []
+    for i, one in enumerate(fields(config)):
+        help = one.metadata["help"]
+        if "choices" in one.metadata:
+            help += f"; one of {', '.join(one.metadata['choices'])}"
+        if one.default not in (MISSING, None, "", ()) and one.default is not False:
+            help += f" [default: {' '.join(one.default) if isinstance(one.default, tuple) else one.default}]"
+        hint = list[str] if hints[one.name] == tuple[str, ...] else hints[one.name]
+        flags.append((one.name, hint | None, field(default=None, kw_only=i > 0, metadata={"help": help})))
+    made = make_dataclass(f"{config.__name__}Flags", flags, frozen=True)
+    made.__module__ = __name__  # else it counts as one of Python's own types, which have no flags
+    return made
+
+
+TrainFlags: Any = _flags_of(TrainConfig)
+
+
+@app.command
+def train(
+    flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),  # type: ignore[valid-type] # noqa: B008
+    *,
+    config: Annotated[Path | None, Parameter(help="TOML file with settings by the same names; flags win")] = None,
+) -> None:
+    """Train a LoRA from a folder of captioned pictures.
+
+    Everything goes into the run folder. Ctrl-C saves; --resume goes on.
+    """
+    settings = load(config, {name: value for name, value in vars(flags).items() if value is not None})
+    from sdlora.training.run import run_training
+
+    run_training(settings)
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help}, kw_only=True)
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """What `sdlora generate` is told."""
+
+    prompt: str = field(metadata={"help": "what to paint"})
+    lora: list[str] | None = _flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
+    negative_prompt: str = _flag("", "what not to paint")
+    model: str = _flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
+    seed: int = _flag(0, "seed of the first picture, the next ones count up")
+    steps: int = _flag(20, "denoising steps")
+    guidance: float = _flag(7.5, "guidance scale; 1 is none")
+    scheduler: str = _flag("default", f"default (the model's own), {', '.join(SCHEDULERS)}")
+    size: str | None = _flag(None, "pixels, such as 512 or 512x768 [default: the model's own]")
+    count: int = _flag(1, "number of pictures")
+    output: Path = _flag(Path("outputs/pictures"), "folder for the pictures")
+
+    def job(self) -> Job:
+        """The job that the flags describe."""
+        width, height = parse_size(self.size) if self.size is not None else (None, None)
+        return Job(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            model=self.model,
+            loras=tuple(map(parse_lora, self.lora or ())),
+            seed=self.seed,
+            steps=self.steps,
+            guidance_scale=self.guidance,
+            scheduler=self.scheduler,
+            width=width,
+            height=height,
+            count=self.count,
+        )
+
+
+@app.command
+def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
+    """Make pictures from a prompt and any mix of LoRAs. The PNGs carry all settings."""
+    job = flags.job()
+    from tqdm import tqdm
+
+    from sdlora.generation.open import open_mixer
+    from sdlora.generation.png import save
+    from sdlora.generation.render import Picture, hold, render
+
+    mixer = open_mixer(job.model)
+    hold(mixer, job)
+    for lora in job.loras:
+        print(mixer.load(lora.path, name=str(Path(lora.path).resolve())).summary())
+    notes: tuple[str, ...] = ()
+    with tqdm(total=job.count * job.steps, unit="step", leave=False, disable=None) as bar:
+        for event in render(mixer, job):
+            if isinstance(event, Picture):
+                tqdm.write(str(save(event, flags.output)))
+                notes = event.notes
+            else:
+                bar.update(event.picture * job.steps + event.step - bar.n)
+    for note in notes:
+        print("note:", note, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class AppFlags:
+    """What `sdlora app` is told."""
+
+    model: list[str] | None = _flag(None, "base model, repeat it to offer several [default: toybox]")
+    library: list[str] | None = _flag(None, "folder with LoRA files, repeat it for several [default: outputs]")
+    output: str = _flag("outputs/pictures", "folder for the pictures")
+    host: str = _flag("127.0.0.1", "address to listen on; one that others can reach needs a --password")
+    port: int = _flag(7860, "port to listen on")
+    password: str = _flag("", "password of the user sdlora")
+    open_browser: bool = _flag(False, "open the page in the browser")
+
+
+@app.command(name="app")
+def web_app(flags: Annotated[AppFlags, Parameter(name="*")] = AppFlags()) -> None:  # noqa: B008
+    """Mix LoRAs with sliders in the browser, until Ctrl-C."""
+    from sdlora.web.app import serve
+
+    serve(
+        models=flags.model or ["toybox"],
+        libraries=flags.library or ["outputs"],
+        output=flags.output,
+        host=flags.host,
+        port=flags.port,
+        password=flags.password,
+        open_browser=flags.open_browser,
+    )
+
+
+@app.command
+def demo(*, datasets: Path = Path("datasets"), output: Path = Path("outputs/demo")) -> None:
+    """Train a style and a character on toybox, and draw a sheet in which sliders blend them.
+
+    Parameters
+    ----------
+    datasets: folder with the sample datasets
+    output: folder for the two runs and the sheet
+    """
+    from sdlora.demo import run_demo
+
+    print(run_demo(datasets, output))
+
+
+if __name__ == "__main__":
+    main()

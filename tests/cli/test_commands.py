@@ -1,0 +1,52 @@
+"""Flags, TOML keys and fields are one; the verbs do what they say."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdlora import cli
+from sdlora.generation.png import read_job
+from sdlora.training.config import TrainConfig
+from tests.tiny import tiny_folder
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The configs that `sdlora train` trains with; nothing is trained."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr("sdlora.training.run.run_training", configs.append)
+    return configs
+
+
+def test_every_setting_has_a_flag() -> None:
+    assert [one.name for one in fields(cli.TrainFlags)] == [one.name for one in fields(TrainConfig)]
+
+
+def test_flags_win_over_the_file(told: list[TrainConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('dataset = "pictures"\nrank = 4\nalpha = 2\ngradient_checkpointing = true\ntargets = ["linear"]\n')
+    cli.main(
+        f"train --config {file} --rank 8 --no-gradient-checkpointing --targets *attn1* --targets *attn2*".split()
+    )  # fmt: skip
+    cli.main(["train", "--config", str(file), "--text_encoder_learning_rate", "1e-5"])
+    expected = TrainConfig(dataset="pictures", rank=8, alpha=2, targets=("*attn1*", "*attn2*"))
+    assert told[0] == expected
+    assert told[1].text_encoder_learning_rate == 1e-5 and told[1].gradient_checkpointing
+    assert told[1].targets == ("linear",)
+
+
+def test_generate_writes_pictures_that_carry_their_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_folder(tmp_path / "tiny")
+    cli.main(
+        ["generate", "a red cat", "--model", str(model), "--steps", "2", "--seed", "5", "--count", "2", "--size", "64"]
+        + ["--guidance", "3", "--scheduler", "euler", "--negative-prompt", "dull", "--output", str(tmp_path / "out")]
+    )
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    jobs = [read_job(path) for path in paths]
+    assert [(job.seed, job.prompt, job.negative_prompt, job.scheduler) for job in jobs] == [
+        (seed, "a red cat", "dull", "euler") for seed in (5, 6)
+    ]
+    first, second = (Image.open(path) for path in paths)
+    assert first.size == (64, 64) and first.tobytes() != second.tobytes()

@@ -1,0 +1,97 @@
+"""What a person gets wrong is answered by one line on stderr that says what to mend, and exit code 2."""
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.cli import main
+from tests.tiny import tiny_folder
+
+# command line ▶ words that the answer must hold
+WRONG = {
+    "trian": ["trian", "train"],
+    "train": ["no dataset"],
+    "train no-such-folder": ["no-such-folder"],
+    "train pictures extra": ["'extra'"],
+    "train pictures --learning-rat 1": ["--learning-rat", "--learning-rate"],
+    "train pictures --learning-rate abc": ["--learning-rate", "abc"],
+    "train pictures --learning-rate nan": ["learning_rate", "nan"],
+    "train pictures --learning-rate": ["--learning-rate"],
+    "train pictures --rank 0": ["rank", "at least 1"],
+    "train pictures --rank 1.5": ["--rank", "1.5"],
+    "train pictures --steps 5 --epochs 2": ["steps", "epochs"],
+    "train pictures --optimizer adamv": ["optimizer", "adamw"],
+    "train pictures --config missing.toml": ["missing.toml"],
+    "train pictures --config broken.toml": ["broken.toml", "TOML"],
+    "train pictures --config typo.toml": ["typo.toml", "ranke", "rank"],
+    "train empty": ["empty"],
+    "train pictures --model no-such-model": ["no-such-model"],
+    "train pictures --model hollow": ["hollow", "model_index.json"],
+    "train texts": ["texts"],
+    "generate": ["prompt"],
+    "generate cat dog": ["'dog'"],
+    "generate cat --lora a.safetensors:abc": ["a.safetensors", "'abc'", "weight"],
+    "generate cat --lora a.safetensors:nan": ["a.safetensors", "nan"],
+    "generate cat --lora a.safetensors:1:2:3": ["a.safetensors:1:2:3"],
+    "generate cat --seed abc": ["--seed", "abc"],
+    "generate cat --seed -1": ["seed", "-1"],
+    "generate cat --steps 0": ["steps", "0"],
+    "generate cat --guidance inf": ["guidance scale", "inf"],
+    "generate cat --scheduler eulr": ["eulr", "euler"],
+    "generate cat --size 100": ["100", "multiple of 8"],
+    "generate cat --size big": ["big", "512x768"],
+    "generate cat --count 0": ["count", "0"],
+    "generate cat --model no-such-model": ["no-such-model"],
+    "generate cat --model hollow": ["hollow", "model_index.json"],
+    "generate cat --model tiny --lora missing.safetensors:0.5": ["missing.safetensors"],
+    "generate cat --model tiny --lora notes:from:me.safetensors:0.5": ["notes:from:me.safetensors"],
+    "generate cat --model tiny --lora short.safetensors": ["short.safetensors"],
+    "app --library no-such-folder": ["no-such-folder"],
+    "app --host 0.0.0.0": ["0.0.0.0", "password"],
+    "app --port abc": ["--port", "abc"],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, and with things that are not what they should be."""
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_folder(folder / "tiny")
+    for name in ("empty", "hollow", "pictures", "texts", "outputs"):
+        (folder / name).mkdir()
+    (folder / "texts" / "a.png").write_text("this is no picture")
+    (folder / "broken.toml").write_text("rank = = 4")
+    (folder / "typo.toml").write_text("ranke = 4")
+    (folder / "short.safetensors").write_bytes(b"\x00\x01\x00\x00\x00\x00\x00\x00{")
+    (folder / "notes:from:me.safetensors").write_text("this is no LoRA")
+    return folder
+
+
+def _content(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_one_line_and_exit_code_2(
+    line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    before = _content(workplace)
+    with pytest.raises(SystemExit) as exit:
+        main(line.split())
+    told = capfd.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert len(told) == 1 and told[0].startswith("sdlora: "), told
+    assert all(word in told[0] for word in WRONG[line]), told
+    assert _content(workplace) == before, "a refused command must leave everything as it was"
+
+
+def test_interrupting_exits_with_130(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt("stopped after step 3 of 9")
+
+    monkeypatch.setattr("sdlora.cli.load", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "pictures"])
+    assert exit.value.code == 130
+    assert capfd.readouterr().err == "sdlora: stopped after step 3 of 9\n"
