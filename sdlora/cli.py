@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError
 
 from sdlora import __version__
 from sdlora.errors import SdloraError
@@ -20,6 +20,7 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
     print_error=False,
     exit_on_error=False,
+    suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
 FAILED, INTERRUPTED = 2, 130  # exit codes
@@ -43,6 +44,14 @@ def _exit(code: int, why: str) -> NoReturn:
     sys.exit(code)
 
 
+def _whole(_: type, tokens: Sequence[Token]) -> int:
+    """cyclopts would round "1.5" in silence."""
+    return int(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+
+
 def _flags_of(config: type) -> type:
     """A class of the config's fields as flags, all None until they are given; help comes from the fields."""
     hints = get_type_hints(config)
@@ -54,7 +63,9 @@ def _flags_of(config: type) -> type:
         if one.default not in (MISSING, None, "", ()) and one.default is not False:
             help += f" [default: {' '.join(one.default) if isinstance(one.default, tuple) else one.default}]"
         hint = list[str] if hints[one.name] == tuple[str, ...] else hints[one.name]
-        flags.append((one.name, hint | None, field(default=None, kw_only=i > 0, metadata={"help": help})))
+        parsed = Parameter(converter=_whole if hint in (int, int | None) else None)
+        shown = field(default=None, kw_only=i > 0, metadata={"help": help})
+        flags.append((one.name, Annotated[hint | None, parsed], shown))
     made = make_dataclass(f"{config.__name__}Flags", flags, frozen=True)
     made.__module__ = __name__  # else it counts as one of Python's own types, which have no flags
     return made
@@ -91,12 +102,12 @@ class GenerateFlags:
     lora: list[str] | None = _flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
     negative_prompt: str = _flag("", "what not to paint")
     model: str = _flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
-    seed: int = _flag(0, "seed of the first picture, the next ones count up")
-    steps: int = _flag(20, "denoising steps")
+    seed: Whole = _flag(0, "seed of the first picture, the next ones count up")
+    steps: Whole = _flag(20, "denoising steps")
     guidance: float = _flag(7.5, "guidance scale; 1 is none")
     scheduler: str = _flag("default", f"default (the model's own), {', '.join(SCHEDULERS)}")
     size: str | None = _flag(None, "pixels, such as 512 or 512x768 [default: the model's own]")
-    count: int = _flag(1, "number of pictures")
+    count: Whole = _flag(1, "number of pictures")
     output: Path = _flag(Path("outputs/pictures"), "folder for the pictures")
 
     def job(self) -> Job:
@@ -151,7 +162,7 @@ class AppFlags:
     library: list[str] | None = _flag(None, "folder with LoRA files, repeat it for several [default: outputs]")
     output: str = _flag("outputs/pictures", "folder for the pictures")
     host: str = _flag("127.0.0.1", "address to listen on; one that others can reach needs a --password")
-    port: int = _flag(7860, "port to listen on")
+    port: Whole = _flag(7860, "port to listen on")
     password: str = _flag("", "password of the user sdlora")
     open_browser: bool = _flag(False, "open the page in the browser")
 
