@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdlora.cli import main
 from tests.tiny import tiny_folder
@@ -59,6 +60,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_folder(folder / "tiny")
     for name in ("empty", "hollow", "pictures", "texts", "outputs"):
         (folder / name).mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "pictures" / "a.png")
+    (folder / "pictures" / "a.txt").write_text("a red square")
     (folder / "texts" / "a.png").write_text("this is no picture")
     (folder / "broken.toml").write_text("rank = = 4")
     (folder / "typo.toml").write_text("ranke = 4")
