@@ -1,0 +1,98 @@
+"""The app as a whole: its page, and the server that shows it to this machine only unless a password guards it."""
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdlora.errors import SdloraError
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr  # noqa: E402
+
+from sdlora.web import generate, markup  # noqa: E402
+from sdlora.web.library import Library  # noqa: E402
+from sdlora.web.studio import Studio  # noqa: E402
+
+CSS = Path(__file__).with_name("app.css")
+USER = "sdlora"
+LARGEST_UPLOAD = "2gb"
+
+
+def serve(
+    *,
+    models: Sequence[str] = ("toybox",),
+    libraries: Sequence[str] = ("outputs",),
+    output: str = "outputs/pictures",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    password: str = "",
+    open_browser: bool = False,
+) -> None:
+    """Show the app until Ctrl-C. models: base models to choose from; libraries: folders with LoRA files.
+
+    A host that other machines can reach needs a password (user name: sdlora). SdloraError: it has none, the port is
+    taken, a library is no folder.
+    """
+    if not (password or _is_loopback(host)):
+        raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
+    studio = Studio(tuple(models), Library([Path(folder) for folder in libraries]), Path(output))
+    page = build(studio)
+    print(f"http://{host}:{port} (Ctrl-C ends it)" + (f", user {USER}" if password else ""), flush=True)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            auth=(USER, password) if password else None,
+            inbrowser=open_browser,
+            quiet=True,
+            share=False,
+            allowed_paths=[],
+            max_file_size=LARGEST_UPLOAD,
+            strict_cors=True,
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=theme(),
+            css_paths=CSS,
+        )
+    except OSError as error:
+        raise SdloraError(f"port {port} of {host} cannot be used ({error}); give another one with --port") from error
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        gr.HTML(markup.HEADER)
+        generate.build(studio, page)
+    page.queue(max_size=64, default_concurrency_limit=16)
+    return page
+
+
+def theme() -> gr.Theme:
+    """Quiet colours, the system's own fonts (nothing is fetched from elsewhere)."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        secondary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_shadow="0 1px 2px rgb(15 23 42 / 6%)",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        slider_color="*primary_500",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,79 @@
+"""The LoRA files that the app offers. Pages name them by opaque ids; paths never come from a browser."""
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.errors import SdloraError
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the library: what pages call it, what they show of it, where it lies."""
+
+    id: str
+    label: str
+    path: Path
+
+
+class Library:
+    """LoRA files below some folders, and uploaded ones, which stay until the app ends."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = tuple(folders)
+        missing = next((folder for folder in self.folders if not folder.is_dir()), None)
+        if missing:
+            raise SdloraError(f"library {missing} is no folder; make it, or name another one with --library")
+        self._uploads: dict[str, Entry] = {}
+        self._found: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+        self.scan()
+
+    def scan(self) -> tuple[Entry, ...]:
+        """Look at the folders anew: finished files only, and none that a link leads out of its folder."""
+        found = {}
+        for folder in self.folders:
+            root = folder.resolve()
+            for path in sorted(root.rglob(f"*{SUFFIX}")):
+                inside = path.resolve().is_relative_to(root) and path.is_file()
+                if inside and not any(part.startswith(".") for part in path.relative_to(root).parts):
+                    entry = Entry(_id(path), label(path.relative_to(root).with_suffix("").as_posix()), path)
+                    found[entry.id] = entry
+        with self._lock:
+            self._found = found
+        return self.entries
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Uploads first, then the files of the last scan."""
+        with self._lock:
+            return (*self._uploads.values(), *self._found.values())
+
+    def upload(self, path: Path) -> Entry:
+        """Take in a file that a page has sent."""
+        if path.suffix.lower() != SUFFIX:
+            raise SdloraError(f"{path.name} is no {SUFFIX} file; LoRAs are taken in that form only")
+        entry = Entry(_id(path), f"{label(path.stem)} (uploaded)", path)
+        with self._lock:
+            self._uploads[entry.id] = entry
+        return entry
+
+    def path(self, id: str) -> Path:
+        """The file of an id; SdloraError for an id that is not (or no longer) in the library."""
+        known = {entry.id: entry.path for entry in self.entries}
+        if id not in known:
+            raise SdloraError("that LoRA is not in the library any more; choose another one")
+        return known[id]
+
+
+def label(text: str) -> str:
+    """A file name fit to be shown: what would break or reverse a line is replaced."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)[:120]
+
+
+def _id(path: Path) -> str:
+    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""What a person does with the app, done in a real browser."""
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+WAIT = 180_000  # milliseconds, for the slowest machine
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Open]:
+    """Opens a page as a visitor of its own. Faults in its scripts, and requests to elsewhere, fail the test."""
+    contexts, faults = [], []
+
+    def stay_here(request: Any) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            faults.append(f"the page asks for {request.url}")
+
+    def open_page(width: int = 1280, height: int = 900) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", stay_here)
+        page.goto(address)
+        page.locator("#generate").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def set_number(page: Any, where: str, value: float) -> None:
+    """Type into the number box of a slider or number field."""
+    box = page.locator(f"{where} input[type=number]")
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def choose_lora(page: Any, row: int, name: str) -> None:
+    page.locator(f"#lora-{row} .lora-head input:not([type=checkbox])").click()
+    page.get_by_role("option", name=name).click()
+    page.locator(f"#words-{row}", has_text="trigger words").wait_for()
+
+
+def generate(page: Any) -> Image.Image:
+    """Press the button, wait for the end, and return the newest picture."""
+    page.locator("#generate").click()
+    page.locator("#bar", has_text="done.").wait_for()
+    page.locator("#generate").wait_for()
+    return newest(page)
+
+
+def newest(page: Any) -> Image.Image:
+    address = page.locator("#gallery img").first.get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")
+
+
+def test_two_sliders_change_the_picture(open_page: Open) -> None:
+    page = open_page()
+    set_number(page, "#steps", 3)
+    plain = generate(page)
+    choose_lora(page, 0, "alpha")
+    page.locator("#add-lora").click()
+    choose_lora(page, 1, "beta")
+    set_number(page, "#lora-0 .lora-weight", 0)
+    set_number(page, "#lora-1 .lora-weight", 0)
+    assert generate(page) == plain, "weights of 0 leave the base's picture"
+    set_number(page, "#lora-0 .lora-weight", 1.2)
+    set_number(page, "#lora-1 .lora-weight", -0.7)
+    mixed = generate(page)
+    assert mixed != plain
+    assert "alpha 1.2, beta -0.7" in page.locator("#details").inner_text()
+    page.locator("#lora-0 .lora-on input").uncheck()
+    page.locator("#lora-1 .lora-remove").click()
+    assert generate(page) == plain, "off is off"
+
+
+def test_two_people_do_not_disturb_each_other(open_page: Open) -> None:
+    pages = [open_page(), open_page()]
+    for seed, page in enumerate(pages, start=5):
+        set_number(page, "#steps", 4)
+        set_number(page, "#seed", seed)
+        choose_lora(page, 0, ("alpha", "beta")[seed - 5])
+    alone = [generate(page) for page in pages]
+    for page in pages:
+        set_number(page, "#pictures", 2)
+        page.locator("#generate").click()
+    for page in pages:
+        page.locator("#bar", has_text="2 pictures done.").wait_for()
+    for seed, page, before in zip((5, 6), pages, alone, strict=True):
+        shown = page.locator("#gallery img")
+        assert shown.count() == 3
+        first = Image.open(io.BytesIO(page.request.get(shown.nth(1).get_attribute("src")).body())).convert("RGB")
+        assert first == before, "the picture of a seed does not depend on who else is generating"
+        assert f"seed\n{seed + 1}" in page.locator("#details").inner_text()
+
+
+def test_cancel_stops_ones_own_job_only(open_page: Open) -> None:
+    mine, theirs = open_page(), open_page()
+    set_number(mine, "#steps", 100)
+    set_number(mine, "#pictures", 8)
+    set_number(theirs, "#steps", 3)
+    mine.locator("#generate").click()
+    mine.locator("#bar", has_text="step").wait_for()
+    theirs.locator("#generate").click()
+    theirs.locator("#cancel").wait_for()
+    mine.locator("#cancel").click()
+    mine.locator("#bar", has_text="Cancelled after").wait_for()
+    theirs.locator("#bar", has_text="1 picture done.").wait_for()
+
+
+def test_an_error_is_one_line_and_the_page_goes_on(open_page: Open) -> None:
+    page = open_page()
+    set_number(page, "#steps", 2)
+    size = page.get_by_label("Size")
+    size.fill("12x")
+    size.press("Enter")
+    page.locator("#generate").click()
+    page.get_by_text("size '12x' is not understood").wait_for()
+    size.fill("64")
+    size.press("Enter")
+    generate(page)
+
+
+def test_it_fits_a_phone(open_page: Open) -> None:
+    page = open_page(width=390, height=800)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#generate").is_visible()
