@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +40,13 @@ def serve(
         raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
     studio = Studio(tuple(models), Library([Path(folder) for folder in libraries]), Path(output))
     page = build(studio)
-    print(f"http://{host}:{port} (Ctrl-C ends it)" + (f", user {USER}" if password else ""), flush=True)
     try:
         page.launch(
             server_name=host,
             server_port=port,
             auth=(USER, password) if password else None,
             inbrowser=open_browser,
+            prevent_thread_lock=True,
             quiet=True,
             share=False,
             allowed_paths=[],
@@ -59,7 +60,12 @@ def serve(
             css_paths=CSS,
         )
     except OSError as error:
-        raise SdloraError(f"port {port} of {host} cannot be used ({error}); give another one with --port") from error
+        raise SdloraError(f"port {port} of {host} cannot be used; give another one with --port") from error
+    try:
+        print(f"http://{host}:{port} shows the app" + (f" to the user {USER}" if password else "") + "; Ctrl-C ends it")
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 def build(studio: Studio) -> gr.Blocks:

@@ -17,8 +17,6 @@ from sdlora.web.studio import Studio
 from sdlora.web.toast import toasted
 
 KEPT = 64  # pictures in a page's gallery; all stay in the output folder
-OWN_SIZE = "the model's own"
-SIZES = [OWN_SIZE, "128", "256", "512", "512x768", "768x512", "768", "1024"]
 SCHEDULER_NAMES = [("the model's own", "default"), *((told[2], name) for name, told in SCHEDULERS.items())]
 
 
@@ -44,7 +42,7 @@ class Form:
     steps: gr.Slider
     guidance_scale: gr.Slider
     scheduler: gr.Dropdown
-    size: gr.Dropdown
+    size: gr.Textbox
     count: gr.Slider
 
     @property
@@ -54,8 +52,7 @@ class Form:
 
     def job(self, values: Mapping[Any, Any]) -> Job:
         """The job that the widgets' values describe; SdloraError for values that make none."""
-        own = values[self.size] in (None, OWN_SIZE)
-        width, height = (None, None) if own else parse_size(str(values[self.size]))
+        width, height = parse_size(values[self.size]) if values[self.size] else (None, None)
         return Job(
             prompt=values[self.prompt] or "",
             negative_prompt=values[self.negative_prompt] or "",
@@ -117,7 +114,7 @@ def _form(studio: Studio) -> tuple[Form, gr.Button, gr.Button, gr.HTML]:
             steps = _slider("Steps", 1, 100, 20, 1)
             guidance = _slider("Guidance scale", 1, 20, 7.5, 0.5)
         with gr.Row():
-            size = gr.Dropdown(SIZES, value=OWN_SIZE, label="Size", allow_custom_value=True, min_width=140)
+            size = gr.Textbox("", label="Size", placeholder="own, or 512x768", max_length=20, min_width=140)
             count = _slider("Pictures", 1, 8, 1, 1)
         with gr.Row():
             scheduler = gr.Dropdown(SCHEDULER_NAMES, value="default", label="Scheduler", min_width=140)
@@ -137,28 +134,33 @@ def _wire(studio: Studio, page: gr.Blocks, form: Form, outcome: Outcome) -> None
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def run(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        with toasted():
-            yield from _run(studio, form, outcome, values, str(request.session_hash))
+        yield {outcome.go: gr.Button(visible=False), outcome.stop: gr.Button(visible=True)}
+        calm = {outcome.go: gr.Button(visible=True), outcome.stop: gr.Button(visible=False)}
+        try:
+            with toasted():
+                yield from _run(studio, form, outcome, values, str(request.session_hash))
+        except Exception:  # whatever it is, the page must be able to go on; gradio shows or logs it
+            yield {**calm, outcome.bar: markup.note("Ready.")}
+            raise
+        yield calm
 
     def cancel(request: gr.Request) -> None:
         studio.cancel(str(request.session_hash))
-
-    def started() -> list[Any]:
-        return [gr.Button(visible=False), gr.Button(visible=True), markup.bar(0, "starting")]
-
-    def ended(bar: str) -> list[Any]:
-        calm = markup.note("Ready.") if "progressbar" in bar else bar
-        return [gr.Button(visible=True), gr.Button(visible=False), calm]
 
     def show(shots: tuple[Shot, ...], chosen: gr.SelectData) -> str:
         shot = shots[chosen.index]
         return markup.settings(shot.job, shot.file)
 
-    buttons = [outcome.go, outcome.stop, outcome.bar]
-    results = [outcome.bar, outcome.gallery, outcome.details, outcome.shots, form.seed]
-    gr.on([outcome.go.click, form.prompt.submit], started, None, buttons, **hidden).then(
-        run, form.inputs | {outcome.shots}, results, concurrency_limit=16, **hidden
-    ).then(ended, outcome.bar, buttons, **hidden)
+    results = [*vars(outcome).values(), form.seed]
+    gr.on(
+        [outcome.go.click, form.prompt.submit],
+        run,
+        form.inputs | {outcome.shots},
+        results,
+        concurrency_limit=16,
+        trigger_mode="once",
+        **hidden,
+    )
     outcome.stop.click(cancel, None, None, queue=False, **hidden)
     outcome.gallery.select(show, outcome.shots, outcome.details, **hidden)
     page.unload(cancel)
