@@ -38,6 +38,10 @@ def serve(
     """
     if not (password or _is_loopback(host)):
         raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SdloraError(f"no folder can be made at {output} ({error.strerror}); give another --output") from error
     studio = Studio(tuple(models), Library([Path(folder) for folder in libraries]), Path(output))
     page = build(studio)
     try:
