@@ -62,7 +62,6 @@ class Injection:
 
     def __init__(self, components: Mapping[str, nn.Module], layers: Mapping[str, LoRALayer]) -> None:
         self.layers = dict(layers)
-        self._components = dict(components)
         self._base_parameters = {name: sum(p.numel() for p in root.parameters()) for name, root in components.items()}
         self._grad_flags = [(p, p.requires_grad) for root in components.values() for p in root.parameters()]
         for parameter, _ in self._grad_flags:

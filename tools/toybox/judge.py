@@ -2,7 +2,7 @@
 
     python -m tools.toybox.judge train          trains it, writes judge.safetensors beside this file
     python -m tools.toybox.judge base           the base model's figures and its sheet
-    python -m tools.toybox.judge demo outputs/demo    what the demo's two LoRAs learned
+    python -m tools.toybox.judge demo STYLE CHARACTER    what the demo's two LoRAs learned
 """
 
 import argparse
@@ -30,6 +30,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "style": tuple(STYLES),
 }
+BLEND = (0.8, 1.0)  # weights of style and character at which the demo blends them
 NO_LABEL = -100  # what cross entropy ignores: the colour of a line drawing
 
 
@@ -179,6 +180,42 @@ def judge_base(folder: Path, pairs: int, sheet: Path) -> None:
     contact_sheet(pictures[:48], 12).save(sheet)
 
 
+def judge_demo(style: Path, character: Path, model: str, count: int) -> None:
+    """What the demo's two LoRAs learned, on prompts that are in neither dataset."""
+    from sdlora.mixing.mixer import Mixer
+    from sdlora.models.load import load_pipeline
+
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    mixer, judge = Mixer(pipeline), load()
+    mixer.load(style, name="style")
+    mixer.load(character, name="character")
+    known = {file.read_text().strip() for file in Path("datasets").glob("[!h]*/*.txt")}
+
+    def answers(weights: dict[str, float], seed: int, **fixed: object) -> tuple[list[Scene], list[Verdict]]:
+        rng, scenes, prompts = random.Random(seed), [], []
+        while len(scenes) < count:
+            scene = random_scene(rng, **fixed)
+            prompt = describe(scene, rng).replace(f"{scene.colour} zib", "zib").replace("zib that is", "zib,")
+            if prompt not in known:
+                scenes.append(scene)
+                prompts.append(prompt)
+        mixer.set(weights)
+        return scenes, verdicts(judge, generate(pipeline, prompts, seed))
+
+    scenes, found = answers({"style": 1.0}, 100, style="blueprint")
+    print(f"style LoRA at 1.0: in the style {share([v.style == 'blueprint' for v in found]):.1%} (wanted 90%)")
+    kept = [v.subject == s.subject for v, s in zip(found, scenes, strict=True)]
+    print(f"style LoRA at 1.0: right subject kept {share(kept):.1%} (wanted 80%)")
+    _, found = answers({"character": 1.0}, 200, subject="zib", colour="red")
+    print(f"character LoRA at 1.0, named: recognised {share([v.subject == 'zib' for v in found]):.1%} (wanted 85%)")
+    _, found = answers({"character": 1.0}, 300)
+    print(f"character LoRA at 1.0, not named: seen {share([v.subject == 'zib' for v in found]):.1%} (at most 5%)")
+    _, found = answers({"style": BLEND[0], "character": BLEND[1]}, 400, subject="zib", colour="red", style="blueprint")
+    both = [v.subject == "zib" and v.style == "blueprint" for v in found]
+    print(f"blended at {BLEND[0]} and {BLEND[1]}: both {share(both):.1%} (wanted 70%)")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = arguments.add_subparsers(dest="verb", required=True)
@@ -189,9 +226,16 @@ def main() -> None:
     base.add_argument("--model", type=Path, default=Path("sdlora/toybox/model"))
     base.add_argument("--pairs", type=int, default=200)
     base.add_argument("--sheet", type=Path, default=Path("tools/toybox/sheet.png"))
+    demo = verbs.add_parser("demo")
+    demo.add_argument("style", type=Path)
+    demo.add_argument("character", type=Path)
+    demo.add_argument("--model", default="toybox")
+    demo.add_argument("--count", type=int, default=40)
     options = arguments.parse_args()
     if options.verb == "train":
         train(options.steps, options.seed)
+    elif options.verb == "demo":
+        judge_demo(options.style, options.character, options.model, options.count)
     else:
         judge_base(options.model, options.pairs, options.sheet)
 

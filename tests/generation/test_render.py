@@ -1,0 +1,126 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sdlora.errors import SdloraError
+from sdlora.generation import png
+from sdlora.generation.job import SCHEDULERS, Job, LoraWeight, parse_lora, parse_size
+from sdlora.generation.render import Picture, Progress, denoise, render
+from sdlora.mixing.mixer import Mixer
+from tests.tiny import tiny_pipeline
+
+JOB = Job(prompt="a red cat", negative_prompt="blue", model="tiny", seed=7, steps=4, width=64, height=48)
+
+
+def pictures(mixer: Mixer, job: Job) -> list[Picture]:
+    return [event for event in render(mixer, job) if isinstance(event, Picture)]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("scheduler", ["default", "dpmpp_2m", "euler_a"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_latents_equal_those_of_diffusers_own_pipeline(kind: str, scheduler: str, prediction_type: str):
+    pipeline = tiny_pipeline(kind, prediction_type=prediction_type)
+    job = replace(JOB, scheduler=scheduler, negative_prompt="")
+    *_, latents = denoise(pipeline, job)
+    if scheduler != "default":
+        import diffusers
+
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[scheduler][0]).from_config(pipeline.scheduler.config)
+    theirs = pipeline(
+        job.prompt,
+        width=job.width,
+        height=job.height,
+        num_inference_steps=job.steps,
+        guidance_scale=job.guidance_scale,
+        generator=torch.Generator().manual_seed(job.seed),
+        output_type="latent",
+    ).images
+    assert (latents - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_renders(scheduler: str):
+    (picture,) = pictures(Mixer(tiny_pipeline()), replace(JOB, scheduler=scheduler))
+    assert picture.image.size == (64, 48)
+
+
+def test_a_picture_does_not_depend_on_the_count():
+    mixer = Mixer(tiny_pipeline())
+    three = pictures(mixer, replace(JOB, count=3))
+    (alone,) = pictures(mixer, replace(JOB, seed=JOB.seed + 2))
+    assert [picture.job.seed for picture in three] == [7, 8, 9]
+    assert np.array_equal(np.asarray(three[2].image), np.asarray(alone.image))
+    assert three[2].job == alone.job
+
+
+def test_progress_counts_steps_and_closing_frees_the_pipeline():
+    mixer = Mixer(tiny_pipeline())
+    events = render(mixer, JOB)
+    assert next(events) == Progress(0, 1, 4)
+    assert mixer.lock.locked()
+    events.close()  # type: ignore[attr-defined]
+    assert not mixer.lock.locked()
+
+
+def test_no_guidance_needs_no_second_pass(monkeypatch):
+    pipeline, sizes = tiny_pipeline(), []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    pictures(Mixer(pipeline), replace(JOB, guidance_scale=1.0))
+    assert set(sizes) == {1}
+
+
+def test_a_prompt_past_the_window_is_noted():
+    (picture,) = pictures(Mixer(tiny_pipeline()), replace(JOB, prompt="x" * 75 + " over"))
+    assert picture.notes == ("the prompt is too long, ignored: 'over'",)
+
+
+def test_a_picture_carries_its_job(tmp_path):
+    (picture,) = pictures(Mixer(tiny_pipeline()), JOB)
+    path = png.save(picture, tmp_path)
+    assert png.read_job(path) == picture.job
+    assert png.save(picture, tmp_path) != path
+    text = png.parameters(picture.job)
+    assert text.startswith("a red cat\nNegative prompt: blue\nSteps: 4, Sampler: Automatic, CFG scale: 7.5, Seed: 7, Size: 64x48")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 100}, "multiple of 8, such as"),
+        ({"steps": 0}, "between 1 and"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"scheduler": "eular"}, "nearest: euler"),
+        ({"seed": -1}, "between 0"),
+        ({"count": 1.5}, "whole number"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(settings, message):
+    with pytest.raises(SdloraError, match=message):
+        replace(JOB, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ("a.safetensors", LoraWeight(path="a.safetensors")),
+        ("a.safetensors:0.8", LoraWeight(path="a.safetensors", unet=0.8, text_encoder=0.8)),
+        ("C:/x:y.safetensors:-1:0.5", LoraWeight(path="C:/x:y.safetensors", unet=-1, text_encoder=0.5)),
+    ],
+)
+def test_loras_on_the_command_line(text, lora):
+    assert parse_lora(text) == lora
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:abc", "a.safetensors:1:2:3", "a.safetensors:nan", "a.safetensorsx"])
+def test_weights_that_are_none(text):
+    with pytest.raises(SdloraError):
+        parse_lora(text)
+
+
+def test_sizes():
+    assert parse_size("512") == (512, 512) and parse_size("512x768") == (512, 768)
+    with pytest.raises(SdloraError, match="write 512"):
+        parse_size("big")
