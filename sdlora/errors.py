@@ -9,6 +9,6 @@ class SdloraError(Exception):
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """" (nearest: a, b)" for the names closest to `name`, or "" where none is close."""
+    """ " (nearest: a, b)" for the names closest to `name`, or "" where none is close."""
     close = get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""

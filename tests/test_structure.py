@@ -22,6 +22,7 @@ FLOORS = (
     "generation",
     "training",
     "evaluation",
+    "demo",
     "web",
     "cli",
     "__main__",

@@ -1,7 +1,7 @@
-"""Rendering: a job becomes pictures. Denoising yields at every step, so progress and cancelling belong to the caller."""
+"""Rendering: a job becomes pictures. Denoising yields each step, so progress and cancelling belong to the caller."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def render(mixer: Mixer, job: Job) -> Iterator[Progress | Picture]:
+def render(mixer: Mixer, job: Job) -> Generator[Progress | Picture, None, None]:
     """Render a job: Progress at every step, a Picture whenever one is done.
 
     Jobs run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
@@ -48,7 +48,7 @@ def render(mixer: Mixer, job: Job) -> Iterator[Progress | Picture]:
         for i in range(job.count):
             one = replace(job, seed=job.seed + i, count=1)
             latents: Tensor | None = None
-            for step, latents in enumerate(denoise(mixer.pipeline, one), start=1):
+            for step, latents in enumerate(denoise(mixer.pipeline, one), start=1):  # noqa: B007 the last ones are decoded
                 yield Progress(i, step, job.steps)
             assert latents is not None
             yield Picture(decode(mixer.pipeline, latents), one, notes)

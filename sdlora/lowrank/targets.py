@@ -31,7 +31,7 @@ TARGETS: Mapping[str, Preset] = {
 }
 
 
-def modules_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def modules_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every Linear and Conv2d by its path ("unet.mid_block...to_q"), in the model's order.
 
     CLIP's paths keep the level text_model, as every LoRA file spells them, though transformers 5 has dropped it.

@@ -14,7 +14,9 @@ from sdlora.models.families import family_of
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-PARTS = {"StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+PARTS: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+}
 PARTS["StableDiffusionXLPipeline"] = (*PARTS["StableDiffusionPipeline"], "text_encoder_2", "tokenizer_2")
 
 
@@ -84,7 +86,9 @@ def _load(source: str, kind: str, dtype: torch.dtype, complaint: str) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **without)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise SdloraError(f"{complaint} ({_first_line(error)}); its weights must be whole .safetensors files") from error
+        raise SdloraError(
+            f"{complaint} ({_first_line(error)}); its weights must be whole .safetensors files"
+        ) from error
 
 
 def _from_file(file: Path, dtype: torch.dtype) -> Any:

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sdlora.data.buckets import Bucketing
 from sdlora.data.folder import Dataset, listed, scan
 from sdlora.errors import SdloraError
+from sdlora.formats.architectures import architecture_of
+from sdlora.formats.metadata import TrainingFacts, to_metadata
 from sdlora.formats.write import write as write_lora
-from sdlora.models.families import truncated
+from sdlora.models.families import components_of, truncated
 from sdlora.models.load import load_pipeline
 from sdlora.training import checkpoints, run_folder, samples
 from sdlora.training.config import TrainConfig
@@ -22,6 +25,27 @@ from sdlora.training.prepare import bucketed, open_accelerator, prepare
 from sdlora.training.progress import Progress
 
 OnStep = Callable[[Step], None]
+
+# What kohya's ss_* metadata calls our settings, where other programs know them.
+KOHYA_NAMES = {
+    "learning_rate": "unet_lr",
+    "text_encoder_learning_rate": "text_encoder_lr",
+    "steps": "max_train_steps",
+    "epochs": "num_epochs",
+    "batch_size": "total_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "optimizer": "optimizer",
+    "lr_scheduler": "lr_scheduler",
+    "warmup_steps": "lr_warmup_steps",
+    "seed": "seed",
+    "mixed_precision": "mixed_precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "caption_dropout": "caption_dropout_rate",
+    "noise_offset": "noise_offset",
+    "min_snr_gamma": "min_snr_gamma",
+    "max_grad_norm": "max_grad_norm",
+    "dropout": "network_dropout",
+}
 
 
 def run_training(config: TrainConfig, on_step: OnStep | None = None, say: Callable[[str], None] = print) -> Path:
@@ -40,9 +64,10 @@ def run_training(config: TrainConfig, on_step: OnStep | None = None, say: Callab
     bucketing = bucketed(config, pipeline, dataset)
     say(bucketing.summary())
     ends = _ends_unseen(pipeline, dataset, say)
+    architecture = architecture_of(components_of(pipeline)).name
     training = prepare(config, accelerator, pipeline, dataset, bucketing)
     say(training.injection.report().summary())
-    run = Run(training, pipeline, dataset, run_folder.fingerprint(dataset, bucketing), say)
+    run = Run(training, pipeline, dataset, bucketing, architecture, say)
     done = run.restore(checkpoint) if checkpoint else 0
     accelerator.wait_for_everyone()  # every process has seen an empty folder before the first one fills it
     if accelerator.is_main_process:
@@ -62,7 +87,8 @@ class Run:
     training: Training
     pipeline: Any
     dataset: Dataset
-    fingerprint: str
+    bucketing: Bucketing
+    architecture: str
     say: Callable[[str], None]
 
     @property
@@ -136,9 +162,10 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        return {"dataset": self.fingerprint, "global_batch": self.training.global_batch}
+        seen = run_folder.fingerprint(self.dataset, self.bucketing)
+        return {"dataset": seen, "global_batch": self.training.global_batch}
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         """The trained factors by the path of their module."""
         return {
             f"{path}.{name}": factor.weight
@@ -163,9 +190,22 @@ class Run:
 
     def write_lora(self, step: int, path: Path) -> None:
         """The LoRA as it is now, in a file that says how it was made."""
-        adapter = self.training.injection.adapter()
-        facts = {}
-        write_lora(replace(adapter, metadata=facts), path, self.training.config.naming)
+        config, training = self.training.config, self.training
+        settings = {name: value for name, value in asdict(config).items() if name in KOHYA_NAMES}
+        facts = TrainingFacts(
+            title=path.stem,
+            model=config.model,
+            architecture=self.architecture,
+            dataset=self.dataset.folder.resolve().name,
+            captions=tuple(record.caption for record in self.dataset.records),
+            resolution=self.bucketing.resolution,
+            prediction_type=training.prediction_type,
+            trigger=config.trigger,
+            step=step,
+            settings={KOHYA_NAMES[name]: value for name, value in settings.items()},
+        )
+        adapter = replace(training.injection.adapter(), metadata=to_metadata(facts))
+        write_lora(adapter, path, config.naming)
 
     def how_to_resume(self, step: Step) -> str:
         config = self.training.config

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from sdlora.data.buckets import Bucketing
 from sdlora.data.folder import Dataset
 from sdlora.errors import SdloraError
+from sdlora.formats.atomic import replace_file
 from sdlora.training.checkpoints import latest
 from sdlora.training.config import TrainConfig, load, to_toml
 from sdlora.training.loop import Step
@@ -111,15 +111,6 @@ def metrics(step: Step) -> dict[str, float]:
         "seconds": step.seconds,
         "images_per_second": speed,
     }
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it to the disk and rename it: there is the old one or the new, no half."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _changed(old: TrainConfig, new: TrainConfig) -> list[str]:

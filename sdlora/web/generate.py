@@ -177,7 +177,7 @@ def _run(
         yield {outcome.bar: markup.bar(0, f"loading {job.model}"), form.seed: job.seed}
         notes: tuple[str, ...] = ()
         done = 0
-        with closing(render(studio.mixer(job.model), job)) as events:  # type: ignore[type-var]  # it is a generator
+        with closing(render(studio.mixer(job.model), job)) as events:
             for event in events:
                 if isinstance(event, Picture):
                     done, notes = done + 1, event.notes

@@ -166,7 +166,11 @@ def test_outputs_equal_those_of_diffusers_with_peft(tmp_path: Path, kind: str, n
     weights = {"one": 0.8, "two": -0.6}
     mixer = Mixer(ours)
     for seed, name in enumerate(weights):
-        write(random_adapter(components_of(ours), seed, suffix="_proj" if seed else ""), tmp_path / f"{name}.safetensors", naming)
+        write(
+            random_adapter(components_of(ours), seed, suffix="_proj" if seed else ""),
+            tmp_path / f"{name}.safetensors",
+            naming,
+        )
         mixer.load(tmp_path / f"{name}.safetensors")
         theirs.load_lora_weights(str(tmp_path), weight_name=f"{name}.safetensors", adapter_name=name)
     mixer.set(weights)
@@ -178,6 +182,11 @@ def test_outputs_equal_those_of_diffusers_with_peft(tmp_path: Path, kind: str, n
     with torch.inference_mode():
         for pipeline in (ours, theirs):
             told = family.encode(pipeline, ["a red cat", "b"])
-            results.append((told["encoder_hidden_states"], family.predict(pipeline.unet, latents, torch.tensor([5, 900]), told, None)))
+            results.append(
+                (
+                    told["encoder_hidden_states"],
+                    family.predict(pipeline.unet, latents, torch.tensor([5, 900]), told, None),
+                )
+            )
     for mine, other in zip(*results, strict=True):
         assert (mine - other).abs().max() <= 1e-5

@@ -57,7 +57,9 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_conditioning_equals_that_of_diffusers_and_carries_gradients(kind):
     pipeline = tiny_pipeline(kind)
     told = family_of(pipeline).encode(pipeline, ["a red cat", ""])
-    theirs = pipeline.encode_prompt(["a red cat", ""], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    theirs = pipeline.encode_prompt(
+        ["a red cat", ""], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     assert torch.equal(told["encoder_hidden_states"], theirs[0])
     if kind == "sdxl":
         assert torch.equal(told["text_embeds"], theirs[2])

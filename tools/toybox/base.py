@@ -99,14 +99,15 @@ def standardise(model: AutoencoderKL, latents: Tensor) -> None:
     model.register_to_config(scaling_factor=1.0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_scenes(model: AutoencoderKL, count: int, seed: int) -> Tensor:
     """Latents (count, 12, 16, 16) in float16 of the first `count` scenes."""
-
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents = torch.empty(count, vae.LATENT_CHANNELS, 16, 16, dtype=torch.float16)
     for first in range(0, count, 64):
-        pictures = np.stack([np.asarray(draw(scene(i, seed)), np.float32) for i in range(first, min(first + 64, count))])
+        pictures = np.stack(
+            [np.asarray(draw(scene(i, seed)), np.float32) for i in range(first, min(first + 64, count))]
+        )
         batch = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(batch.contiguous(memory_format=torch.channels_last)).latent_dist
@@ -168,7 +169,9 @@ def train(options: argparse.Namespace) -> None:
         schedule.load_state_dict(state["schedule"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
     alphas = build_scheduler().alphas_cumprod
-    model.unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU twice as fast to train as the fused kernel
+    model.unet.set_attn_processor(
+        AttnProcessor()
+    )  # plain products: on a CPU twice as fast to train as the fused kernel
     model.text_encoder.set_attn_implementation("eager")
     began, smooth = time.monotonic(), 0.0
     for step in range(start, steps):
@@ -196,7 +199,11 @@ def train(options: argparse.Namespace) -> None:
         if step % 50 == 49:
             print(f"base {step + 1}/{steps} loss {smooth:.4f} {seconds + time.monotonic() - began:.0f} s", flush=True)
         if step % 250 == 249 or step == steps - 1:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             state |= {"average": average, "step": step + 1, "seconds": seconds + time.monotonic() - began}
             torch.save(state, file.with_suffix(".new"))
             file.with_suffix(".new").replace(file)

@@ -1,6 +1,6 @@
 """Writes toybox as a diffusers StableDiffusionPipeline folder in float16 safetensors.
 
-    python -m tools.toybox.export --work outputs/toybox --output sdlora/toybox/model
+python -m tools.toybox.export --work outputs/toybox --output sdlora/toybox/model
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Toybox's judge: a small classifier trained on rendered scenes only, applied to generated pictures.
 
-    python -m tools.toybox.judge train          trains it, writes judge.safetensors beside this file
-    python -m tools.toybox.judge base           the base model's figures and its sheet
-    python -m tools.toybox.judge demo STYLE CHARACTER    what the demo's two LoRAs learned
+python -m tools.toybox.judge train          trains it, writes judge.safetensors beside this file
+python -m tools.toybox.judge base           the base model's figures and its sheet
+python -m tools.toybox.judge demo STYLE CHARACTER    what the demo's two LoRAs learned
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.toybox import subjects
-from tools.toybox.world import COLOURS, HELD_OUT, PLACES, STYLES, SUBJECTS, Scene, contact_sheet, draw, random_scene
+from tools.toybox.world import COLOURS, HELD_OUT, PLACES, STYLES, Scene, contact_sheet, draw, random_scene
 from tools.toybox.world import caption as describe
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -71,7 +71,9 @@ def any_scene(rng: random.Random) -> Scene:
     subject, style = rng.choice(LABELS["subject"]), rng.choice(LABELS["style"])
     if rng.random() < 0.4:
         style = "flat"
-    return random_scene(rng, subject=subject, style=style, colour=rng.choice(LABELS["colour"]), size=rng.uniform(0.38, 0.72))
+    return random_scene(
+        rng, subject=subject, style=style, colour=rng.choice(LABELS["colour"]), size=rng.uniform(0.38, 0.72)
+    )
 
 
 def labels_of(scene: Scene) -> list[int]:
@@ -137,7 +139,10 @@ def load() -> Judge:
 @torch.inference_mode()
 def verdicts(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
     answers = {name: logits.argmax(1).tolist() for name, logits in judge(to_tensor(pictures)).items()}
-    return [Verdict(*(LABELS[name][row] for name, row in zip(LABELS, rows, strict=True))) for rows in zip(*answers.values(), strict=True)]
+    return [
+        Verdict(*(LABELS[name][row] for name, row in zip(LABELS, rows, strict=True)))
+        for rows in zip(*answers.values(), strict=True)
+    ]
 
 
 def generate(pipeline: Any, prompts: list[str], first_seed: int, steps: int = 20) -> list[Image.Image]:
@@ -167,7 +172,8 @@ def judge_base(folder: Path, pairs: int, sheet: Path) -> None:
     pictures = generate(pipeline, [describe(scene, rng) for scene in scenes], 1000)
     found = verdicts(judge, pictures)
     for name in ("subject", "colour", "place", "style"):
-        print(f"{name} right: {share([getattr(v, name) == getattr(s, name) for v, s in zip(found, scenes, strict=True)]):.1%}")
+        right = [getattr(v, name) == getattr(s, name) for v, s in zip(found, scenes, strict=True)]
+        print(f"{name} right: {share(right):.1%}")
     unseen = [random_scene(rng, subject=s, colour=c) for s, c in sorted(HELD_OUT) for _ in range(max(1, pairs // 10))]
     found = verdicts(judge, generate(pipeline, [describe(scene, rng) for scene in unseen], 5000))
     both = [v.subject == s.subject and v.colour == s.colour for v, s in zip(found, unseen, strict=True)]

@@ -1,6 +1,6 @@
 """Draws the two sample datasets, a style and a character that toybox has never seen, with a few pictures kept back.
 
-    python -m tools.toybox.samples --output datasets
+python -m tools.toybox.samples --output datasets
 """
 
 import argparse

@@ -105,7 +105,9 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 def psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
     """Mean PSNR in dB of encode-decode over pictures (n, 3, 128, 128) in -1..1."""
     with torch.inference_mode():
-        output = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample.clamp(-1, 1) for p in pictures.split(16)])
+        output = torch.cat(
+            [vae.decode(vae.encode(p).latent_dist.mode()).sample.clamp(-1, 1) for p in pictures.split(16)]
+        )
     error = ((output - pictures) / 2).square().mean(dim=(1, 2, 3))
     return float((-10 * error.log10()).mean())
 
@@ -117,7 +119,7 @@ def style_pictures(style: str, count: int, seed: int = 12345) -> Tensor:
 
 
 def train(steps: int, work: Path, seed: int) -> AutoencoderKL:
-    """64 px crops of 16 pictures a step; the last three tenths whole pictures, so that group norms see what they will."""
+    """64 px crops of 16 pictures a step; at last whole pictures (0.3 of the steps), as group norms will see them."""
     torch.manual_seed(seed)
     vae = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(vae.parameters(), 1e-3, fused=True)
@@ -151,13 +153,20 @@ def train(steps: int, work: Path, seed: int) -> AutoencoderKL:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 99:
-            print(f"vae {step + 1}/{steps} loss {loss.item():.4f} {seconds + time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"vae {step + 1}/{steps} loss {loss.item():.4f} {seconds + time.monotonic() - began:.0f} s", flush=True
+            )
         if step % 500 == 499 or step == steps - 1:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state | {"step": step + 1, "seconds": seconds + time.monotonic() - began}, file.with_suffix(".new"))
+            torch.save(
+                state | {"step": step + 1, "seconds": seconds + time.monotonic() - began}, file.with_suffix(".new")
+            )
             file.with_suffix(".new").replace(file)
         if step % 1000 == 999 or step == steps - 1:
-            print({style: round(psnr(vae, style_pictures(style, 32)), 2) for style in (*BASE_STYLES, "blueprint")}, flush=True)
+            print(
+                {style: round(psnr(vae, style_pictures(style, 32)), 2) for style in (*BASE_STYLES, "blueprint")},
+                flush=True,
+            )
     return vae
 
 

@@ -1,7 +1,7 @@
 """Toybox's world: flat vector scenes of one subject in one place, drawn by pillow at twice the size and halved.
 
 A `Scene` says everything about a picture, `draw` renders it (about 1 ms), `caption` puts it into words.
-Shapes are drawn through a `Pen`, which knows the style: the same scene comes out flat, in ink, in chalk or as a blueprint.
+Shapes are drawn through a `Pen`, which knows the style: the same scene comes out flat, in ink or as a blueprint.
 """
 
 import math
@@ -38,7 +38,7 @@ HELD_OUT = frozenset((subject, tuple(COLOURS)[(3 * i + 1) % 10]) for i, subject 
 
 @dataclass(frozen=True)
 class Style:
-    """How a pen fills and outlines. `paper` None means coloured fills; `ink` None means outlines in a shade of the fill."""
+    """How a pen fills and outlines. `paper` None: coloured fills; `ink` None: outlines in a shade of the fill."""
 
     words: tuple[str, ...] = ()
     paper: Colour | None = None
@@ -188,7 +188,13 @@ def random_scene(rng: random.Random, **fixed: object) -> Scene:
 def caption(scene: Scene, rng: random.Random) -> str:
     """The scene in words, with some variation of wording and order."""
     words = STYLES[scene.style].words
-    size = "small " if scene.size < 0.48 and rng.random() < 0.4 else "big " if scene.size > 0.62 and rng.random() < 0.4 else ""
+    size = (
+        "small "
+        if scene.size < 0.48 and rng.random() < 0.4
+        else "big "
+        if scene.size > 0.62 and rng.random() < 0.4
+        else ""
+    )
     colour = f"{scene.colour} " if STYLES[scene.style].keep_subject_colour else ""
     thing = f"{size}{colour}{scene.subject}"
     article = "an" if thing[0] in "aeiou" else "a"

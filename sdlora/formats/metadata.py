@@ -1,0 +1,85 @@
+"""What a LoRA file says about itself: kohya's ss_* keys and the modelspec, which other programs show."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+# By architecture: kohya's ss_base_model_version, and the modelspec's architecture.
+_BASES = {
+    "sd1": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd2": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+}
+SHOWN_TAGS = 8
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What is known of a training when its LoRA is written. settings: further ss_* values, without that prefix."""
+
+    title: str
+    model: str
+    architecture: str
+    dataset: str
+    captions: tuple[str, ...]
+    resolution: int
+    prediction_type: str
+    trigger: str | None
+    step: int
+    settings: Mapping[str, str | int | float | None]
+
+
+def to_metadata(facts: TrainingFacts) -> dict[str, str]:
+    """The metadata of a trained LoRA, all text, as safetensors wants it."""
+    version, spec = _BASES.get(facts.architecture, ("", f"{Path(facts.model).name}/lora"))
+    side = facts.resolution
+    now = datetime.now(timezone.utc)
+    shown = {
+        "ss_output_name": facts.title,
+        "ss_sd_model_name": facts.model,
+        "ss_base_model_version": version,
+        "ss_v2": str(facts.architecture == "sd2"),
+        "ss_resolution": f"({side}, {side})",
+        "ss_num_train_images": str(len(facts.captions)),
+        "ss_steps": str(facts.step),
+        "ss_dataset_dirs": json.dumps({facts.dataset: {"n_repeats": 1, "img_count": len(facts.captions)}}),
+        "ss_tag_frequency": json.dumps({facts.dataset: tag_frequency(facts.captions)}, ensure_ascii=False),
+        **{f"ss_{name}": str(value) for name, value in facts.settings.items() if value is not None},
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": spec,
+        "modelspec.title": facts.title,
+        "modelspec.date": now.isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if facts.prediction_type == "v_prediction" else facts.prediction_type,
+        "modelspec.trigger_phrase": facts.trigger or "",
+    }
+    return {name: value for name, value in shown.items() if value}
+
+
+def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
+    """How often each part of the captions between commas occurs, the most frequent first."""
+    tags = (tag.strip() for caption in captions for tag in caption.split(","))
+    return dict(Counter(tag for tag in tags if tag).most_common())
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What to put into a prompt: the trigger phrase; else the tags that at least half of the pictures had.
+
+    Damaged metadata says nothing: it is shown at most, never followed.
+    """
+    phrase = metadata.get("modelspec.trigger_phrase", "")
+    if phrase.strip():
+        return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}")).values()
+        counts = Counter[str]()
+        for folder in folders:
+            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
+        most = max(counts.values(), default=0)
+    except (ValueError, AttributeError, TypeError):
+        return ()
+    return tuple(tag for tag, count in counts.most_common(SHOWN_TAGS) if tag and most > 1 and 2 * count >= most)

@@ -1,0 +1,210 @@
+"""Reading: key by key, with a receipt; what cannot be applied is named, what does not belong is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdlora.errors import SdloraError
+from sdlora.formats.architectures import Architecture, architecture_of, sd1, sdxl
+from sdlora.formats.names import kohya
+from sdlora.formats.read import read
+from sdlora.formats.write import write
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import LowRank
+from sdlora.models.families import components_of
+from tests.conftest import random_adapter
+from tests.tiny import tiny_pipeline
+
+WILD = Path(__file__).parents[3] / "shared/data/loras"
+QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+KEY = "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+CLIP = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def factors(architecture: Architecture, path: str, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    out, into = architecture.shapes[path][:2]
+    return torch.randn(rank, into), torch.randn(out, rank)
+
+
+def attention_lora(architecture: Architecture, rank: int = 2) -> Adapter:
+    paths = [path for path in architecture.shapes if path.endswith(("to_q", "to_k", "q_proj"))]
+    return Adapter({path: LowRank(*factors(architecture, path, rank), alpha=1.0) for path in paths})
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_what_is_written_is_read_again(tmp_path, kind, naming):
+    components = components_of(tiny_pipeline(kind))
+    adapter = random_adapter(components, seed=0)
+    write(adapter, tmp_path / "a.safetensors", naming)
+    again, receipt = read(tmp_path / "a.safetensors", architecture_of(components))
+    assert receipt.complete and set(receipt.applied) == set(adapter.deltas)
+    for path, delta in adapter.deltas.items():
+        base = torch.zeros(delta.shape)
+        assert torch.equal(again.deltas[path].weight(base), delta.weight(base)), path
+
+
+def test_names_are_decided_key_by_key(tmp_path):
+    """Five ways of naming in one file: kohya, the original code's blocks, and three of diffusers."""
+    expected, tensors = {}, {}
+    for path, down_key, up_key in [
+        (QUERY, "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight", "lora_up"),
+        (KEY, "lora_unet_output_blocks_3_1_transformer_blocks_0_attn2_to_k.lora_down.weight", "lora_up"),
+        (CLIP, f"{CLIP}.lora_linear_layer.down.weight", "up"),
+        (CLIP.replace(".0.", ".1."), f"{CLIP.replace('.0.', '.1.')}.lora_A.weight", "lora_B"),
+        (QUERY.replace("to_q", "to_v"), f"{QUERY.replace('to_q', 'to_v')}.lora.down.weight", "up"),
+    ]:
+        down, up = factors(sd1(), path)
+        stem, part = down_key.removesuffix(".weight").rsplit(".", 1)
+        tensors |= {f"{stem}.{part}.weight": down, f"{stem}.{up_key}.weight": up}
+        expected[path] = up.flatten(1) @ down.flatten(1)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    adapter, receipt = read(tmp_path / "mixed.safetensors", sd1())
+    assert receipt.complete
+    assert adapter.deltas.keys() == expected.keys()
+    for path, delta in expected.items():
+        torch.testing.assert_close(adapter.deltas[path].weight(torch.zeros_like(delta)), delta)
+
+
+def test_pointwise_convolutions_and_linear_layers_are_the_same(tmp_path):
+    path = "unet.down_blocks.0.attentions.0.proj_in"  # a convolution in SD 1.x, linear in SD 2.x
+    stem = kohya([path])[path]
+    tensors = {f"{stem}.lora_down.weight": torch.randn(4, 320), f"{stem}.lora_up.weight": torch.randn(320, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert receipt.complete
+    assert adapter.deltas[path].weight(torch.zeros(320, 320, 1, 1)).shape == (320, 320, 1, 1)
+
+
+def test_unknown_keys_are_named_and_the_rest_is_applied(tmp_path):
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    tensors |= {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 2),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2),
+    }
+    tensors |= {"emb_params": torch.ones(3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    _, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert receipt.unknown == ("emb_params", "lora_unet_nowhere.lora_down.weight", "lora_unet_nowhere.lora_up.weight")
+    assert len(receipt.applied) == len(attention_lora(sd1()).deltas)
+    assert "NOT applied: 3 keys not known: emb_params" in receipt.summary()
+
+
+@pytest.mark.parametrize("part", ["dora_scale", "lora_mid.weight", "bias"])
+def test_a_module_with_a_part_of_another_law_is_not_applied_without_it(tmp_path, part):
+    stem = kohya([QUERY])[QUERY]
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors") | {f"{stem}.{part}": torch.ones(320)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    _, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert QUERY not in receipt.applied
+    assert {f"{stem}.{part}", f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} == set(
+        receipt.unknown
+    )
+
+
+def test_half_a_pair_is_not_applied(tmp_path):
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    del tensors[f"{kohya([QUERY])[QUERY]}.lora_up.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    _, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert QUERY not in receipt.applied and len(receipt.unknown) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "alphas"),
+    [
+        ({}, (4.0, 4.0)),
+        ({"unet.r": 4, "unet.lora_alpha": 8}, (8.0, 4.0)),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}, "text_encoder.lora_alpha": 1}, (2.0, 1.0)),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, (16.0, 4.0)),
+    ],
+)
+def test_diffusers_files_may_carry_alpha_in_their_metadata(tmp_path, settings, alphas):
+    tensors = {}
+    for path in (QUERY, CLIP):
+        down, up = factors(sd1(), path)
+        tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    adapter, _ = read(tmp_path / "a.safetensors", sd1())
+    assert (adapter.deltas[QUERY].alpha, adapter.deltas[CLIP].alpha) == alphas
+
+
+@pytest.mark.parametrize(
+    ("made_for", "read_for", "message"),
+    [
+        (sdxl(), sd1(), "is a LoRA for SDXL .* the model, which is SD 1.x"),
+        (sd1(), sdxl(), "is a LoRA for SD 1.x .* the model, which is SDXL"),
+        (sd1(), architecture_of(components_of(tiny_pipeline())), "is a LoRA for SD 1.x"),
+        (architecture_of(components_of(tiny_pipeline())), sd1(), "trained on another model.*other shapes, such as"),
+    ],
+)
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_a_lora_for_another_architecture_is_refused(tmp_path, made_for, read_for, message, naming):
+    write(attention_lora(made_for), tmp_path / "a.safetensors", naming)
+    with pytest.raises(SdloraError, match=message):
+        read(tmp_path / "a.safetensors", read_for)
+
+
+def damage(path: Path, kind: str) -> None:
+    stem = kohya([QUERY])[QUERY]
+    tensors = load_file(path)
+    if kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "no tensor file":
+        path.write_text("hello, I am a text")
+    elif kind == "empty":
+        save_file({}, path)
+    elif kind == "no LoRA":
+        save_file({"model.diffusion_model.out.2.weight": torch.ones(3)}, path)
+    elif kind == "alpha":
+        save_file(tensors | {f"{stem}.alpha": torch.ones(4)}, path)
+    elif kind == "nan":
+        save_file(tensors | {f"{stem}.lora_up.weight": torch.full((320, 2), torch.nan)}, path)
+    elif kind == "pair":
+        save_file(tensors | {f"{stem}.lora_up.weight": torch.ones(320, 3)}, path)
+    elif kind == "metadata":
+        save_file(tensors, path, {"lora_adapter_metadata": "{"})
+    elif kind == "absent":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut short", "damaged or cut short"),
+        ("no tensor file", "damaged or cut short"),
+        ("empty", "is empty"),
+        ("no LoRA", "nothing that can be applied as a LoRA: 1 keys such as model.diffusion_model.out.2.weight"),
+        ("alpha", "alpha is no single number"),
+        ("nan", "nan or infinite"),
+        ("pair", "no low-rank pair"),
+        ("metadata", "damaged lora_adapter_metadata"),
+        ("absent", "cannot be read .*check the path"),
+    ],
+)
+def test_bad_files_get_one_clear_line(tmp_path, kind, message):
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    damage(tmp_path / "a.safetensors", kind)
+    with pytest.raises(SdloraError, match=message) as caught:
+        read(tmp_path / "a.safetensors", sd1())
+    assert "a.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not WILD.is_dir(), reason="the folder of files from the wild is not here")
+@pytest.mark.parametrize(("name", "modules"), [("analog_svd_rank4", 0), ("lora_disney", 0)])
+def test_files_from_the_wild_lose_nothing_in_silence(name, modules):
+    path = WILD / f"{name}.safetensors"
+    keys = set(load_file(path))
+    try:
+        adapter, receipt = read(path, sd1())
+    except SdloraError as error:
+        assert str(len(keys)) in str(error)
+        return
+    assert len(adapter.deltas) >= modules
+    assert len(receipt.unknown) + 2 * len(receipt.applied) <= len(keys)
