@@ -174,7 +174,7 @@ def web_app(flags: Annotated[AppFlags, Parameter(name="*")] = AppFlags()) -> Non
 
     serve(
         models=flags.model or ["toybox"],
-        libraries=flags.library or ["outputs"],
+        libraries=flags.library or [],
         output=flags.output,
         host=flags.host,
         port=flags.port,

@@ -39,9 +39,10 @@ def _adafactor(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
     """arXiv:1804.04235 with the learning rate taken as it is.
 
     The paper scales it by each parameter's own size, at least the second eps. LoRA's up factors start at 0 and would
-    hardly move; a floor of 1 turns that off.
+    hardly move; a floor of 1 turns that off. The first eps stays
+    torch's: the square of the paper's 1e-30 is 0 in float32, and down's first gradients are 0 too.
     """
-    return torch.optim.Adafactor(groups, eps=(1e-30, 1.0), weight_decay=weight_decay)
+    return torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=weight_decay)
 
 
 def _foreign(library: str, kind: str, **options: Any) -> Callable[[Groups, float], Any]:

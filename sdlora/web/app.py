@@ -21,28 +21,37 @@ USER = "sdlora"
 LARGEST_UPLOAD = "2gb"
 
 
+def _made(folder: Path) -> Path:
+    """The folder, there from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def serve(
     *,
     models: Sequence[str] = ("toybox",),
-    libraries: Sequence[str] = ("outputs",),
+    libraries: Sequence[str] = (),
     output: str = "outputs/pictures",
     host: str = "127.0.0.1",
     port: int = 7860,
     password: str = "",
     open_browser: bool = False,
 ) -> None:
-    """Show the app until Ctrl-C. models: base models to choose from; libraries: folders with LoRA files.
+    """Show the app until Ctrl-C. models: base models to choose from; libraries: folders with LoRA files
+    (none: outputs, which is made).
 
     A host that other machines can reach needs a password (user name: sdlora). SdloraError: it has none, the port is
     taken, a library is no folder.
     """
     if not (password or _is_loopback(host)):
         raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
+    library = Library([Path(folder) for folder in libraries]) if libraries else None
     try:
-        Path(output).mkdir(parents=True, exist_ok=True)
+        _made(Path(output))
+        library = library or Library([_made(Path("outputs"))])
     except OSError as error:
         raise SdloraError(f"no folder can be made at {output} ({error.strerror}); give another --output") from error
-    studio = Studio(tuple(models), Library([Path(folder) for folder in libraries]), Path(output))
+    studio = Studio(tuple(models), library, Path(output))
     page = build(studio)
     try:
         page.launch(

@@ -82,8 +82,10 @@ def test_training_learns_and_changes_the_lora_only(configure: Configure) -> None
 
 
 def test_how_a_batch_is_shared_out_changes_nothing(configure: Configure) -> None:
-    whole, first = steps_of(configure(batch_size=4))
-    parts, second = steps_of(configure(batch_size=1, gradient_accumulation=4))
+    # SGD, for Adam divides by the gradient's own size and so makes much of how a small one was rounded.
+    changes = {"optimizer": "sgd", "learning_rate": 0.1}
+    whole, first = steps_of(configure(batch_size=4, **changes))
+    parts, second = steps_of(configure(batch_size=1, gradient_accumulation=4, **changes))
     assert [step.pictures for step in whole] == [step.pictures for step in parts]
     assert [step.loss for step in whole] == pytest.approx([step.loss for step in parts], rel=1e-5)
     for name, factor in factors(first).items():

@@ -208,7 +208,9 @@ def test_divergence_names_the_last_good_checkpoint(configure: Configure) -> None
 
 def test_two_processes_train_as_one_does(configure: Configure, tmp_path: Path) -> None:
     """The same global batch of 4: one process with 4 pictures, two with 2 (and with 1 and accumulation)."""
-    common = {"steps": 3, "text_encoder_learning_rate": 5e-4, "caption_dropout": 0.3, "lr_scheduler": "linear"}
+    # SGD, for Adam divides by the gradient's own size and so makes much of how a small one was rounded.
+    common = {"steps": 3, "optimizer": "sgd", "learning_rate": 0.1, "text_encoder_learning_rate": 0.1}
+    common |= {"caption_dropout": 0.3, "lr_scheduler": "linear"}
     alone = load_file(run(configure(**common, batch_size=4)))
     for batch_size, accumulation in ((2, 1), (1, 2)):
         folder = tmp_path / f"pair-{batch_size}"
@@ -217,21 +219,27 @@ def test_two_processes_train_as_one_does(configure: Configure, tmp_path: Path) -
         config.write_text(to_toml(configure(**common, **changes, save_every=2)))
         launch(config)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2, 3]
-        # Adam divides by the gradient's own size, so what rounding does to small gradients shows.
+        assert [(line["step"], len(line["pictures"])) for line in lines] == [(1, 4), (2, 4), (3, 4)]
         together = load_file(folder / f"{folder.name}.safetensors")
         assert alone.keys() == together.keys()
         for name, tensor in alone.items():
-            torch.testing.assert_close(tensor, together[name], rtol=1e-2, atol=2e-5, msg=name)
+            torch.testing.assert_close(tensor, together[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def launch(config: Path) -> None:
-    """Run the config in two processes on the CPU, as a person would with `accelerate launch`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    """Run the config in two processes on the CPU.
+
+    As a person would with `accelerate launch`; its --cpu starts one process only, whatever --num_processes says.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     script = Path(__file__).with_name("launched.py")
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     done = subprocess.run(
         [*command, str(script), str(config)], cwd=root, env=environment, capture_output=True, text=True, timeout=900
     )

@@ -30,7 +30,6 @@ LABELS: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "style": tuple(STYLES),
 }
-BLEND = (0.8, 1.0)  # weights of style and character at which the demo blends them
 NO_LABEL = -100  # what cross entropy ignores: the colour of a line drawing
 
 
@@ -188,6 +187,7 @@ def judge_base(folder: Path, pairs: int, sheet: Path) -> None:
 
 def judge_demo(style: Path, character: Path, model: str, count: int) -> None:
     """What the demo's two LoRAs learned, on prompts that are in neither dataset."""
+    from sdlora.demo import BLEND
     from sdlora.mixing.mixer import Mixer
     from sdlora.models.load import load_pipeline
 

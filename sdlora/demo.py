@@ -1,0 +1,103 @@
+"""The demo: a style and a character are trained on toybox, and a sheet shows how sliders blend them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdlora.errors import SdloraError
+from sdlora.generation.job import Job, LoraWeight
+from sdlora.generation.open import open_mixer
+from sdlora.generation.render import Picture, render
+from sdlora.mixing.mixer import Mixer
+from sdlora.training.config import TrainConfig
+from sdlora.training.run import run_training
+
+BLEND = (0.8, 1.0)  # weights of style and character at which both show
+LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+SIZE, GAP, HEAD = 128, 6, 22  # pixels of a picture, between pictures, of a line of text
+SEED = 7
+
+Weights = tuple[float, float]  # of style and character
+Row = tuple[str, Sequence[tuple[str, Weights]]]  # a prompt, and labelled weights to paint it with
+
+COLUMNS = (("base", (0.0, 0.0)), ("style 1.0", (1.0, 0.0)), ("character 1.0", (0.0, 1.0)))
+BOTH = (*COLUMNS, ("style {} + character {}".format(*BLEND), BLEND))
+ROWS: tuple[Row, ...] = (
+    ("a blueprint of a zib on a beach", BOTH),
+    ("a blueprint of a zib in the city", BOTH),
+    ("a blueprint of a zib in the snow", BOTH),
+    ("a blueprint of a boat at the beach", [(f"style {weight}", (weight, 0.0)) for weight in LADDER]),
+    ("a zib in a meadow", [(f"character {weight}", (0.0, weight)) for weight in LADDER]),
+)
+
+
+def run_demo(datasets: Path, output: Path) -> Path:
+    """Train both LoRAs into output/style and output/character, draw output/sheet.png and return its path.
+
+    Runs that are there already go on where they stopped, so a second demo only draws the sheet.
+    """
+    loras = (
+        train(datasets / "blueprint", output / "style", "blueprint"),
+        train(datasets / "zib", output / "character", "zib"),
+    )
+    mixer = open_mixer("toybox")
+    rows = [_painted(mixer, loras, row) for row in ROWS]
+    sheet = output / "sheet.png"
+    _sheet(rows).save(sheet)
+    return sheet
+
+
+def train(dataset: Path, output: Path, trigger: str) -> Path:
+    """Train one LoRA as the demo does, and return its path."""
+    if not dataset.is_dir():
+        raise SdloraError(f"no sample dataset at {dataset}; run the demo in the project's folder, or give --datasets")
+    config = TrainConfig(
+        dataset=str(dataset),
+        output=str(output),
+        resume=output.is_dir() and any(output.iterdir()),
+        trigger=trigger,
+        rank=16,
+        alpha=16,
+        learning_rate=2e-3,
+        text_encoder_learning_rate=5e-4,
+        steps=300,
+        batch_size=8,
+        lr_scheduler="cosine",
+        warmup_steps=10,
+        caption_dropout=0.1,
+        min_snr_gamma=5,
+        tracker="none",
+    )
+    return run_training(config)
+
+
+def _painted(mixer: Mixer, loras: tuple[Path, Path], row: Row) -> tuple[str, list[tuple[str, Image.Image]]]:
+    prompt, cells = row
+    return prompt, [(label, _picture(mixer, prompt, loras, weights)) for label, weights in cells]
+
+
+def _picture(mixer: Mixer, prompt: str, loras: tuple[Path, Path], weights: Weights) -> Image.Image:
+    held = [
+        LoraWeight(path=str(path), unet=weight, text_encoder=weight)
+        for path, weight in zip(loras, weights, strict=True)
+        if weight
+    ]
+    job = Job(prompt=prompt, loras=tuple(held), seed=SEED)
+    return next(event.image for event in render(mixer, job) if isinstance(event, Picture))
+
+
+def _sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> Image.Image:
+    """A line with the prompt, then its pictures side by side under their labels, row by row."""
+    widest = max(len(cells) for _, cells in rows)
+    height = GAP + len(rows) * (2 * HEAD + SIZE + GAP)
+    sheet = Image.new("RGB", (GAP + widest * (SIZE + GAP), height), "white")
+    draw, bold, plain = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
+    for i, (prompt, cells) in enumerate(rows):
+        top = GAP + i * (2 * HEAD + SIZE + GAP)
+        draw.text((GAP, top + 3), prompt, "black", bold)
+        for j, (label, image) in enumerate(cells):
+            left = GAP + j * (SIZE + GAP)
+            draw.text((left, top + HEAD + 4), label, "dimgray", plain)
+            sheet.paste(image, (left, top + 2 * HEAD))
+    return sheet
