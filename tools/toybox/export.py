@@ -16,7 +16,7 @@ from tools.toybox.base import Base, build_scheduler
 
 
 def export(work: Path, output: Path) -> None:
-    words = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    words = CLIPTokenizer.from_pretrained(work / "tokenizer", model_max_length=77)
     model = Base(words)
     model.load_state_dict(torch.load(work / "base.pt", weights_only=True)["average"])
     autoencoder = vae.build()
