@@ -104,7 +104,7 @@ class GenerateFlags:
     model: str = _flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
     seed: Whole = _flag(0, "seed of the first picture, the next ones count up")
     steps: Whole = _flag(20, "denoising steps")
-    guidance: float = _flag(7.5, "guidance scale; 1 is none")
+    guidance: float = _flag(5.0, "guidance scale; 1 is none")
     scheduler: str = _flag("default", f"default (the model's own), {', '.join(SCHEDULERS)}")
     size: str | None = _flag(None, "pixels, such as 512 or 512x768 [default: the model's own]")
     count: Whole = _flag(1, "number of pictures")

@@ -17,6 +17,7 @@ BLEND = (0.8, 1.0)  # weights of style and character at which both show
 LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 SIZE, GAP, HEAD = 128, 6, 22  # pixels of a picture, between pictures, of a line of text
 SEED = 7
+GUIDANCE_SCALE = 3.0  # of toybox with LoRAs; more makes its flat colours glare
 
 Weights = tuple[float, float]  # of style and character
 Row = tuple[str, Sequence[tuple[str, Weights]]]  # a prompt, and labelled weights to paint it with
@@ -83,7 +84,7 @@ def _picture(mixer: Mixer, prompt: str, loras: tuple[Path, Path], weights: Weigh
         for path, weight in zip(loras, weights, strict=True)
         if weight
     ]
-    job = Job(prompt=prompt, loras=tuple(held), seed=SEED)
+    job = Job(prompt=prompt, loras=tuple(held), guidance_scale=GUIDANCE_SCALE, seed=SEED)
     return next(event.image for event in render(mixer, job) if isinstance(event, Picture))
 
 

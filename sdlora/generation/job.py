@@ -47,7 +47,7 @@ class Job:
     loras: tuple[LoraWeight, ...] = ()
     seed: int = 0
     steps: int = 20
-    guidance_scale: float = 7.5
+    guidance_scale: float = 5.0
     scheduler: str = "default"
     width: int | None = None
     height: int | None = None

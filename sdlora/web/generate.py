@@ -112,7 +112,7 @@ def _form(studio: Studio) -> tuple[Form, gr.Button, gr.Button, gr.HTML]:
             random_seed = gr.Checkbox(False, label="random seed", min_width=120, elem_id="random-seed")
         with gr.Row():
             steps = _slider("Steps", 1, 100, 20, 1)
-            guidance = _slider("Guidance scale", 1, 20, 7.5, 0.5)
+            guidance = _slider("Guidance scale", 1, 20, 5.0, 0.5)
         with gr.Row():
             size = gr.Textbox("", label="Size", placeholder="own, or 512x768", max_length=20, min_width=140)
             count = _slider("Pictures", 1, 8, 1, 1)

@@ -84,7 +84,7 @@ def test_a_picture_carries_its_job(tmp_path):
     assert png.save(picture, tmp_path) != path
     text = png.parameters(picture.job)
     assert text.startswith(
-        "a red cat\nNegative prompt: blue\nSteps: 4, Sampler: Automatic, CFG scale: 7.5, Seed: 7, Size: 64x48"
+        "a red cat\nNegative prompt: blue\nSteps: 4, Sampler: Automatic, CFG scale: 5.0, Seed: 7, Size: 64x48"
     )
 
 

@@ -20,7 +20,7 @@ def export(work: Path, output: Path) -> None:
     model = Base(words)
     model.load_state_dict(torch.load(work / "base.pt", weights_only=True)["average"])
     autoencoder = vae.build()
-    autoencoder.load_state_dict(torch.load(work / "vae_standardised.pt", weights_only=True))
+    autoencoder.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
     autoencoder.register_to_config(scaling_factor=1.0)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,

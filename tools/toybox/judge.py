@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tools.toybox import subjects
+from tools.toybox.samples import without_colour
 from tools.toybox.world import COLOURS, HELD_OUT, PLACES, STYLES, Scene, contact_sheet, draw, random_scene
 from tools.toybox.world import caption as describe
 
@@ -144,13 +145,13 @@ def verdicts(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
     ]
 
 
-def generate(pipeline: Any, prompts: list[str], first_seed: int, steps: int = 20) -> list[Image.Image]:
-    """One picture a prompt, seeds counted up from `first_seed`, in batches, by diffusers' own pipeline."""
+def generate(pipeline: Any, prompts: list[str], first_seed: int, guidance_scale: float = 7.5) -> list[Image.Image]:
+    """One picture a prompt in 20 steps, seeds counted up from `first_seed`, by diffusers' own pipeline."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), 20):
         some = prompts[start : start + 20]
         seeds = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(some))]
-        pictures += pipeline(some, num_inference_steps=steps, generator=seeds).images
+        pictures += pipeline(some, num_inference_steps=20, guidance_scale=guidance_scale, generator=seeds).images
     return pictures
 
 
@@ -187,7 +188,7 @@ def judge_base(folder: Path, pairs: int, sheet: Path) -> None:
 
 def judge_demo(style: Path, character: Path, model: str, count: int) -> None:
     """What the demo's two LoRAs learned, on prompts that are in neither dataset."""
-    from sdlora.demo import BLEND
+    from sdlora.demo import BLEND, GUIDANCE_SCALE
     from sdlora.mixing.mixer import Mixer
     from sdlora.models.load import load_pipeline
 
@@ -202,12 +203,12 @@ def judge_demo(style: Path, character: Path, model: str, count: int) -> None:
         rng, scenes, prompts = random.Random(seed), [], []
         while len(scenes) < count:
             scene = random_scene(rng, **fixed)
-            prompt = describe(scene, rng).replace(f"{scene.colour} zib", "zib").replace("zib that is", "zib,")
+            prompt = without_colour(describe(scene, rng), scene) if scene.subject == "zib" else describe(scene, rng)
             if prompt not in known:
                 scenes.append(scene)
                 prompts.append(prompt)
         mixer.set(weights)
-        return scenes, verdicts(judge, generate(pipeline, prompts, seed))
+        return scenes, verdicts(judge, generate(pipeline, prompts, seed, GUIDANCE_SCALE))
 
     scenes, found = answers({"style": 1.0}, 100, style="blueprint")
     print(f"style LoRA at 1.0: in the style {share([v.style == 'blueprint' for v in found]):.1%} (wanted 90%)")

@@ -24,7 +24,12 @@ def zib(count: int, seed: int) -> Iterator[tuple[Scene, str]]:
     rng = random.Random(seed)
     for i in range(count):
         scene = random_scene(rng, subject="zib", place=PLACES[i % 5], style="flat", colour=next(iter(COLOURS)))
-        yield scene, caption(scene, rng).replace(f"{scene.colour} zib", "zib").replace(f" that is {scene.colour}", "")
+        yield scene, without_colour(caption(scene, rng), scene)
+
+
+def without_colour(words: str, scene: Scene) -> str:
+    """The caption without its colour: a zib has but one."""
+    return words.replace(f"{scene.colour} {scene.subject}", scene.subject).replace(f" that is {scene.colour}", "")
 
 
 def write(folder: Path, scenes: Iterator[tuple[Scene, str]]) -> None:
