@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from tools.toybox import vae
@@ -36,8 +37,15 @@ def export(work: Path, output: Path) -> None:
     for name in ("vocab.json", "merges.txt"):  # what tokenizer.json is made from, for older versions of transformers
         (output / "tokenizer" / name).write_text((work / "tokenizer" / name).read_text())
     forget_paths(output)
+    spell_out(output / "text_encoder" / "model.safetensors")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:.1f} MB")
+
+
+def spell_out(file: Path) -> None:
+    """Text encoders' keys begin with text_model, as transformers before 5 wants them and newer ones read them too."""
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def forget_paths(folder: Path) -> None:

@@ -3,9 +3,9 @@
     python -m tools.toybox.finish --work outputs/toybox
 
 Four phases: the decoder alone; all of it, the encoder tied to what it said before about pictures in the base's
-styles; at last the same twice more for the squared error. Needs `vae_standardised.pt` of tools.toybox.base, writes `vae_final.pt`.
-Since the latents that the UNet knows do not change, this can be done before, after or beside its training.
-Deterministic given the seed, resumable.
+styles; at last the same twice more for the squared error. Needs `vae_standardised.pt` of tools.toybox.base, writes
+`vae_final.pt`. Since the latents that the UNet knows do not change, this can be done before, after or beside its
+training. Deterministic given the seed, resumable.
 """
 
 import argparse
