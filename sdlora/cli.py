@@ -135,21 +135,23 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     from tqdm import tqdm
 
     from sdlora.generation.open import open_mixer
-    from sdlora.generation.png import save
-    from sdlora.generation.render import Picture, hold, render
+    from sdlora.generation.png import check_folder, save
+    from sdlora.generation.render import Picture, adapter_name, hold, render
 
+    check_folder(flags.output)
     mixer = open_mixer(job.model)
     hold(mixer, job)
     for lora in job.loras:
-        print(mixer.load(lora.path, name=str(Path(lora.path).resolve())).summary())
+        print(mixer.load(lora.path, name=adapter_name(lora)).summary())
     notes: tuple[str, ...] = ()
-    with tqdm(total=job.count * job.steps, unit="step", leave=False, disable=None) as bar:
+    with tqdm(unit="step", leave=False, disable=None) as bar:
         for event in render(mixer, job):
             if isinstance(event, Picture):
                 tqdm.write(str(save(event, flags.output)))
                 notes = event.notes
             else:
-                bar.update(event.picture * job.steps + event.step - bar.n)
+                bar.total = job.count * event.steps
+                bar.update(event.picture * event.steps + event.step - bar.n)
     for note in notes:
         print("note:", note, file=sys.stderr)
 

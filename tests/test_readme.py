@@ -41,6 +41,12 @@ def test_blocks_and_reasons_are_told_apart() -> None:
     assert blocks(text) == [Block(2, "bash", "ls\n", ""), Block(6, "python", "x = 1\n", "needs a GPU")]
 
 
+def test_what_the_readmes_link_to_is_there() -> None:
+    for readme in (README, ROOT / "tools/toybox/README.md", ROOT / "benchmarks/README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme.read_text("utf-8")):
+            assert (readme.parent / target).exists(), f"{readme} links to {target}"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What someone has who cloned the project: its sample datasets, and nothing made by earlier runs."""

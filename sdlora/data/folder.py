@@ -1,5 +1,6 @@
 """A dataset folder ▶ records, with a receipt of everything that was passed over or made up."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,10 +59,10 @@ def scan(folder: Path, trigger: str | None = None) -> Dataset:
     """Every picture below the folder with the caption from `<name>.txt` beside it, or the trigger where there is none.
 
     Pictures that cannot be read are skipped and named in the receipt, and so are hidden files. SdloraError: no such
-    folder, no readable picture in it, a picture without caption and no trigger, a caption that is not UTF-8.
+    folder, no readable picture in it, a picture without caption and no trigger, a caption that cannot be read.
     """
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        found = "is a file" if os.path.exists(folder) else "does not exist"
         raise SdloraError(f"dataset folder {folder} {found}; name a folder of pictures with captions in .txt files")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES and path.is_file())
     records: list[Record] = []
@@ -95,6 +96,8 @@ def _caption(picture: Path) -> str:
         return " ".join(path.read_text("utf-8-sig").split())
     except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise SdloraError(f"caption {path} cannot be read ({error.strerror}); mend or remove it") from error
     except UnicodeDecodeError as error:
         raise SdloraError(f"caption {path} is not UTF-8 text; save it as UTF-8") from error
 

@@ -19,7 +19,7 @@ def load(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what pillow's decoders raise
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:  # pillow's decoders
         raise SdloraError(f"{path} cannot be read as a picture ({_reason(error)})") from error
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 Module = tuple[str, tuple[int, ...]]
 
+# Convolutions by which an inpainting model differs from the one it was made of.
+ENDS = ("unet.conv_in", "unet.conv_out")
 LABELS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "custom": "of another kind"}
 
 
@@ -92,7 +94,7 @@ def architecture_of(components: Mapping[str, "nn.Module"]) -> Architecture:
 
 
 def _inner(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    return {path: shape for path, shape in shapes.items() if path not in ("unet.conv_in", "unet.conv_out")}
+    return {path: shape for path, shape in shapes.items() if path not in ENDS}
 
 
 def _shapes(unet: UNetPlan, **text_encoders: TextEncoderPlan) -> dict[str, tuple[int, ...]]:

@@ -80,6 +80,6 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         for folder in folders:
             counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
         most = max(counts.values(), default=0)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
         return ()
     return tuple(tag for tag, count in counts.most_common(SHOWN_TAGS) if tag and most > 1 and 2 * count >= most)

@@ -25,10 +25,13 @@ _ENDS = {
 }
 
 
-def kohya(paths: Iterable[str]) -> dict[str, str]:
-    """kohya's name of each path: dots become underscores, the component a prefix."""
+def kohya(paths: Iterable[str], two_encoders: bool = False) -> dict[str, str]:
+    """kohya's name of each path: dots become underscores, the component a prefix.
+
+    two_encoders: the model has two text encoders even if the paths name only the first.
+    """
     paths = tuple(paths)
-    two = any(path.startswith("text_encoder_2.") for path in paths)
+    two = two_encoders or any(path.startswith("text_encoder_2.") for path in paths)
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te", "text_encoder_2": "lora_te2"}
     return {path: _flat(prefixes, path) for path in paths}
 

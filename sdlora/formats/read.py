@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdlora.errors import SdloraError
-from sdlora.formats.architectures import Architecture, known
+from sdlora.formats.architectures import ENDS, Architecture, known
 from sdlora.formats.metadata import trigger_words
 from sdlora.formats.names import readable
 from sdlora.formats.receipt import Receipt
@@ -47,6 +47,8 @@ def read(path: Path | str, architecture: Architecture) -> tuple[Adapter, Receipt
         raise SdloraError(f"{path} is empty: it holds no tensors; fetch or train it again")
     fit = _fit(modules, tensors, architecture)
     _refuse_other_architecture(path, fit, modules, tensors, architecture, foreign)
+    if fit.twice:
+        raise SdloraError(f"{path} tells {len(fit.twice)} modules twice, such as {fit.twice[0]}; delete one of the two")
     alphas = _Alphas(path, metadata)
     deltas = {module: _delta(path, module, factors, tensors, alphas) for module, factors in fit.applied.items()}
     receipt = Receipt(
@@ -54,7 +56,7 @@ def read(path: Path | str, architecture: Architecture) -> tuple[Adapter, Receipt
         sha256=sha256,
         applied={module: delta.rank for module, delta in deltas.items()},
         unknown=tuple(sorted((*foreign, *fit.unknown))),
-        misfit=tuple(fit.misfit),
+        misfit=tuple(fit.misfit.values()),
         trigger_words=trigger_words(metadata),
     )
     return Adapter(deltas, metadata), receipt
@@ -97,30 +99,45 @@ def _grouped(keys: Iterable[str]) -> tuple[dict[str, Factors], list[str]]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How a file's modules fit an architecture. applied: their factors by path."""
+    """How a file's modules fit an architecture.
+
+    applied: their factors by path; unknown: keys; misfit: a line by path; twice: pairs of names that mean one module.
+    """
 
     applied: Mapping[str, Factors]
     unknown: tuple[str, ...]
-    misfit: tuple[str, ...]
+    misfit: Mapping[str, str]
+    twice: tuple[str, ...]
+
+    @property
+    def inner(self) -> int:
+        """How many modules apply of those that tell architectures apart."""
+        return len(self.applied.keys() - ENDS)
 
 
 def _fit(modules: Mapping[str, Factors], tensors: Mapping[str, Tensor], architecture: Architecture) -> _Fit:
     names = readable(architecture.shapes)
     applied: dict[str, Factors] = {}
+    stems: dict[str, str] = {}
     unknown: list[str] = []
-    misfit: list[str] = []
+    misfit: dict[str, str] = {}
+    twice: list[str] = []
     for stem, factors in modules.items():
         path = names.get(stem)
-        if path is None or path in applied or not {"down", "up"} <= factors.keys():
+        if path is None or not {"down", "up"} <= factors.keys():
             unknown += factors.values()
             continue
+        if path in stems:
+            twice.append(f"{stems[path]} and {stem}")
+            continue
+        stems[path] = stem
         shape = _shape(tensors[factors["down"]], tensors[factors["up"]])
         wanted = architecture.shapes[path]
         if _squeezed(shape) == _squeezed(wanted):
             applied[path] = factors
         else:
-            misfit.append(f"{stem} ({_times(shape)}, the model's is {_times(wanted)})")
-    return _Fit(applied, tuple(unknown), tuple(misfit))
+            misfit[path] = f"{stem} ({_times(shape)}, the model's is {_times(wanted)})"
+    return _Fit(applied, tuple(unknown), misfit, tuple(twice))
 
 
 def _refuse_other_architecture(
@@ -131,20 +148,24 @@ def _refuse_other_architecture(
     architecture: Architecture,
     foreign: list[str],
 ) -> None:
-    """A file of which more fits another architecture, or of which shapes or all names are wrong, is for that one."""
+    """A file of which more fits another architecture, or of which many shapes or all names are wrong, is for that one.
+
+    A few wrong shapes among many right ones are a matter for the receipt.
+    """
     if modules and len(fit.applied) == len(modules):
         return
-    others = {other: len(_fit(modules, tensors, other).applied) for other in known() if other.name != architecture.name}
+    others = {other: _fit(modules, tensors, other).inner for other in known() if other.name != architecture.name}
     best = max(others, key=others.__getitem__)
-    if others[best] > len(fit.applied):
+    if others[best] > fit.inner:
         raise SdloraError(
             f"{path} is a LoRA for {best.label} ({others[best]} of its {len(modules)} modules fit that, "
-            f"{len(fit.applied)} fit the model, which is {architecture.label}); choose a model that it was trained on"
+            f"{fit.inner} fit the model, which is {architecture.label}); choose a model that it was trained on"
         )
-    if fit.misfit:
+    wrong = fit.misfit.keys() - ENDS
+    if len(wrong) > 0.05 * (fit.inner + len(wrong)):
         raise SdloraError(
-            f"{path} was trained on another model: {len(fit.misfit)} of its {len(modules)} modules have other shapes, "
-            f"such as {fit.misfit[0]}; choose that model"
+            f"{path} was trained on another model: {len(wrong)} of its {len(modules)} modules have other shapes, "
+            f"such as {fit.misfit[min(wrong)]}; choose that model"
         )
     if not fit.applied:
         keys = sorted((*foreign, *fit.unknown))
@@ -160,23 +181,22 @@ class _Alphas:
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         try:
             config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            self._usual = {
-                key.rpartition(".")[0]: value for key, value in config.items() if key.endswith(".lora_alpha")
+            self._usual = {key.rpartition(".")[0]: float(v) for key, v in config.items() if key.endswith(".lora_alpha")}
+            self._special = {
+                key.rpartition(".")[0]: {end: float(alpha) for end, alpha in (v or {}).items()}
+                for key, v in config.items()
+                if key.endswith(".alpha_pattern")
             }
-            self._special = {key.rpartition(".")[0]: v for key, v in config.items() if key.endswith(".alpha_pattern")}
             self._root = {key.rpartition(".")[0] for key, v in config.items() if key.endswith(".use_rslora") and v}
-            numbers = [*self._usual.values(), *(v for pattern in self._special.values() for v in pattern.values())]
-            if not all(isinstance(number, int | float) for number in numbers):
-                raise TypeError("an alpha is no number")
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
             raise SdloraError(f"{path} has damaged lora_adapter_metadata ({error}); save it again") from error
 
     def of(self, module: str, rank: int) -> float:
         """The alpha of a module; rank, so that the scale is 1, where the file does not say."""
         component = module.partition(".")[0]
-        ends = {end.lstrip("^"): alpha for end, alpha in (self._special.get(component) or {}).items()}
+        ends = {end.lstrip("^"): alpha for end, alpha in self._special.get(component, {}).items()}
         special = (alpha for end, alpha in ends.items() if module.endswith("." + end))
-        alpha = float(next(special, self._usual.get(component, rank)))
+        alpha = next(special, self._usual.get(component, float(rank)))
         return alpha * rank**0.5 if component in self._root else alpha  # rsLoRA (arXiv:2312.03732): alpha / sqrt(rank)
 
 
@@ -188,6 +208,9 @@ def _delta(path: Path, module: str, factors: Factors, tensors: Mapping[str, Tens
         alpha = tensors[factors["alpha"]].item()
     else:
         raise SdloraError(f"{path}: {factors['alpha']} is no single number; the file is damaged")
+    odd = [str(factor.dtype)[6:] for factor in (down, up) if not factor.is_floating_point()]
+    if odd:
+        raise SdloraError(f"{path}: {module} holds {odd[0]} where numbers with a fraction belong")
     if not all(torch.isfinite(factor.float()).all() for factor in (down, up, torch.tensor(alpha))):
         raise SdloraError(f"{path}: {module} holds numbers that are nan or infinite; use an earlier checkpoint")
     try:

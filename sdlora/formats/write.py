@@ -28,7 +28,9 @@ def write(adapter: Adapter, path: Path | str, naming: str = "kohya") -> None:
         raise SdloraError(f"nothing to write to {path}: the adapter is empty")
     tensors = _kohya(adapter) if naming == "kohya" else _diffusers(adapter)
     tensors = {key: tensor.detach().cpu().float().contiguous() for key, tensor in tensors.items()}
-    content = save(tensors, {**adapter.metadata, **_summary(adapter, tensors)})
+    # Alphas are in the tensors now; told a second time, they would be applied a second time.
+    metadata = {name: text for name, text in adapter.metadata.items() if name != "lora_adapter_metadata"}
+    content = save(tensors, {**metadata, **_summary(adapter, tensors)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda partial: partial.write_bytes(content))
@@ -38,7 +40,8 @@ def write(adapter: Adapter, path: Path | str, naming: str = "kohya") -> None:
 
 def _kohya(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
-    for path, name in kohya(adapter.deltas).items():
+    two_encoders = adapter.metadata.get("ss_base_model_version", "").startswith("sdxl")
+    for path, name in kohya(adapter.deltas, two_encoders).items():
         delta = adapter.deltas[path]
         tensors[f"{name}.lora_down.weight"] = delta.down
         tensors[f"{name}.lora_up.weight"] = delta.up

@@ -54,9 +54,14 @@ class Job:
     count: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
+                raise SdloraError(f"the {name.replace('_', ' ')} holds bytes that are no text; write it in UTF-8")
         _check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         _check_number("steps", self.steps, 1, 1000, whole=True)
         _check_number("count", self.count, 1, 10_000, whole=True)
+        if self.seed + self.count > 2**63:
+            raise SdloraError(f"seed {self.seed} has no {self.count} seeds from it on; it must be below {2**63}")
         _check_number("guidance scale", self.guidance_scale, 0, 100)
         for name in ("width", "height"):
             value = getattr(self, name)
@@ -72,7 +77,7 @@ class Job:
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height of "512x768" or "512"."""
     sides = text.lower().replace("×", "x").split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+    if len(sides) > 2 or not all(side.strip().isdecimal() and len(side) < 9 for side in sides):
         raise SdloraError(f"size {text!r} is not understood; write 512 or 512x768")
     return int(sides[0]), int(sides[-1])
 
@@ -97,7 +102,7 @@ def parse_lora(text: str) -> LoraWeight:
 
 def _check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or value != value or abs(value) == math.inf:
         raise SdloraError(f"{name} is {value!r}; it must be a {'whole ' if whole else 'finite '}number")
     if not low <= value <= high:
         raise SdloraError(f"{name} is {value}; it must lie between {low} and {high}")

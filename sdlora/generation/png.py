@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import sdlora
 from sdlora.errors import SdloraError
+from sdlora.formats.atomic import replace_file
 from sdlora.generation.job import SCHEDULERS, Job, LoraWeight
 from sdlora.generation.render import Picture
 
@@ -22,13 +23,24 @@ def save(picture: Picture, folder: Path) -> Path:
     text = PngInfo()
     text.add_text(CHUNK, json.dumps({"version": sdlora.__version__, "job": asdict(picture.job)}))
     text.add_itxt("parameters", parameters(picture.job))
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = _reserve(folder, picture.job)
-        picture.image.save(path, pnginfo=text)
+        try:
+            replace_file(path, lambda partial: picture.image.save(partial, "PNG", pnginfo=text))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise SdloraError(f"no picture can be written to {folder} ({error.strerror}); give another folder") from error
     return path
+
+
+def check_folder(folder: Path) -> None:
+    """SdloraError where the folder for pictures is a file: better said before they are painted than after."""
+    if folder.exists() and not folder.is_dir():
+        raise SdloraError(f"{folder} is a file; give a folder for the pictures")
 
 
 def read_job(path: Path) -> Job:

@@ -1,9 +1,9 @@
 """Rendering: a job becomes pictures. Denoising yields each step, so progress and cancelling belong to the caller."""
 
 import inspect
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from sdlora.models.families import Conditioning, family_of, truncated
 
 @dataclass(frozen=True)
 class Progress:
-    """A step is done: of `steps`, of picture `picture` (from 0). Step 0: waiting for the pipeline."""
+    """A step is done: of `steps`, of picture `picture` (from 0). Step 0: waiting for the pipeline.
+
+    Some schedulers take more steps than the job says: Heun looks twice at each but the last.
+    """
 
     picture: int
     step: int
@@ -44,12 +47,12 @@ def render(mixer: Mixer, job: Job) -> Generator[Progress | Picture, None, None]:
         yield Progress(0, 0, job.steps)
     try:
         job = hold(mixer, job)
-        notes = _notes(mixer.pipeline, job)
+        notes, steps = _notes(mixer.pipeline, job), len(scheduler_for(mixer.pipeline, job).timesteps)
         for i in range(job.count):
             one = replace(job, seed=job.seed + i, count=1)
             latents: Tensor | None = None
             for step, latents in enumerate(denoise(mixer.pipeline, one), start=1):  # noqa: B007 the last ones are decoded
-                yield Progress(i, step, job.steps)
+                yield Progress(i, step, steps)
             assert latents is not None
             yield Picture(decode(mixer.pipeline, latents), one, notes)
     finally:
@@ -59,19 +62,31 @@ def render(mixer: Mixer, job: Job) -> Generator[Progress | Picture, None, None]:
 def hold(mixer: Mixer, job: Job) -> Job:
     """Bring the mixer to exactly the job's LoRAs; returns the job with sizes and file hashes filled in.
 
-    Files that a former job used and this one does not are unloaded. A file named twice is an error.
+    Files that a former job used and this one does not are unloaded. A file named twice is an error. Where a file
+    cannot be applied, SdloraError, and the mixer is as it was.
     """
-    names = [str(Path(lora.path).resolve()) for lora in job.loras]
+    names = [adapter_name(lora) for lora in job.loras]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise SdloraError(f"{twice} is given twice; give each LoRA once, with the sum of its weights")
-    for name in set(mixer.names) - set(names):
+    before = set(mixer.names)
+    try:
+        hashes = [mixer.load(lora.path, name=name).sha256 for name, lora in zip(names, job.loras, strict=True)]
+        mixer.set({name: _weights(mixer.pipeline, lora) for name, lora in zip(names, job.loras, strict=True)})
+    except SdloraError:
+        for name in set(mixer.names) - before:
+            mixer.unload(name)
+        raise
+    for name in before - set(names):
         mixer.unload(name)
-    hashes = [mixer.load(lora.path, name=name).sha256 for name, lora in zip(names, job.loras, strict=True)]
-    mixer.set({name: _weights(mixer.pipeline, lora) for name, lora in zip(names, job.loras, strict=True)})
     own = mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
     loras = tuple(replace(lora, sha256=sha256) for lora, sha256 in zip(job.loras, hashes, strict=True))
     return replace(job, loras=loras, width=job.width or own, height=job.height or own)
+
+
+def adapter_name(lora: LoraWeight) -> str:
+    """What the mixer calls a job's LoRA: its file, whichever way the path to it was written."""
+    return os.path.realpath(lora.path)
 
 
 @torch.inference_mode()
@@ -124,6 +139,8 @@ def scheduler_for(pipeline: Any, job: Job) -> Any:
 @torch.inference_mode()
 def decode(pipeline: Any, latents: Tensor) -> Image.Image:
     """The picture of latents (1, channels, height / 8, width / 8). In float32: SDXL's VAE overflows in float16."""
+    if not torch.isfinite(latents).all():
+        raise SdloraError("the picture has become nan; use smaller LoRA weights, less guidance or another scheduler")
     vae = pipeline.vae
     dtype = vae.dtype
     latents = latents.float() / vae.config.scaling_factor

@@ -87,7 +87,10 @@ class Mixer:
         return receipt
 
     def add(self, adapter: Adapter, name: str) -> None:
-        """Add an adapter at weight 0. A name that is taken is replaced and keeps its weights."""
+        """Add an adapter at weight 0. A name that is taken is replaced and keeps its weights.
+
+        SdloraError: it does not fit the model, or the mix would overflow; nothing has changed then.
+        """
         for path, delta in adapter.deltas.items():
             module = self._modules.get(path)
             if module is None:
@@ -95,26 +98,30 @@ class Mixer:
             if not delta.fits(module.weight.shape):
                 shape = tuple(module.weight.shape)
                 raise SdloraError(f"{name}: {path} has shape {delta.shape}, the model's is {shape}; wrong base model?")
+        adapters = {**self._adapters, name: adapter}
+        self._bring(_terms(adapters, self._weights))
+        self._adapters = adapters
         self._sources.pop(name, None)
-        self._adapters[name] = adapter
-        self._apply()
 
     def set(self, weights: Mapping[str, Weights]) -> None:
         """Make the mix exactly this: the adapters named get these weights, all others are off.
 
-        Unknown names, components and weights that are no finite numbers raise SdloraError and change nothing.
+        Unknown names and components, weights that are no finite numbers and a mix that overflows raise SdloraError and
+        change nothing.
         """
-        wanted = {name: self._by_component(name, weight) for name, weight in weights.items()}
-        self._weights = {name: by for name, by in wanted.items() if any(by.values())}
-        self._apply()
+        told = {name: self._by_component(name, weight) for name, weight in weights.items()}
+        wanted = {name: by for name, by in told.items() if any(by.values())}
+        self._bring(_terms(self._adapters, wanted))
+        self._weights = wanted
 
     def unload(self, name: str) -> None:
         """Take an adapter and its effect away."""
         self._known(name)
+        weights = {other: by for other, by in self._weights.items() if other != name}
+        self._bring(_terms(self._adapters, weights))
+        self._weights = weights
         del self._adapters[name]
-        self._weights.pop(name, None)
         self._sources.pop(name, None)
-        self._apply()
 
     def _known(self, name: str) -> None:
         if name not in self._adapters:
@@ -132,25 +139,14 @@ class Mixer:
                 raise SdloraError(f"{name}: the weight {weight!r} is no finite number")
         return {component: float(weight) for component, weight in weights.items()}
 
-    def _terms(self) -> dict[str, Terms]:
-        """What each touched weight shall hold. In order of name, so that the same mix has the same bits."""
-        terms: dict[str, Terms] = {}
-        for name in sorted(self._weights):
-            for path, delta in self._adapters[name].deltas.items():
-                weight = self._weights[name].get(path.partition(".")[0], 0.0)
-                if weight:
-                    terms[path] = (*terms.get(path, ()), (delta, weight))
-        return terms
-
-    def _apply(self) -> None:
-        """Bring the model to the weights in force. If that fails midway the base is restored and all is off."""
-        wanted = self._terms()
-        changed = [path for path in wanted.keys() | self._held.keys() if wanted.get(path) != self._held.get(path)]
+    def _bring(self, wanted: Mapping[str, Terms]) -> None:
+        """Bring the model's weights to these terms; if that fails midway, back to those they held."""
+        before = dict(self._held)
+        changed = sorted(path for path in wanted.keys() | before.keys() if wanted.get(path) != before.get(path))
         try:
-            self._rebuild(sorted(changed), wanted)
+            self._rebuild(changed, wanted)
         except BaseException:
-            self._weights = {}
-            self._rebuild(list(self._held), {})
+            self._rebuild(changed, before)
             raise
 
     @torch.no_grad()
@@ -160,11 +156,23 @@ class Mixer:
             assert isinstance(weight, Tensor)
             if terms:
                 untouched = self._untouched.setdefault(path, weight.detach().clone())
-                self._held[path] = terms
                 weight.copy_(_sum(path, untouched, terms))
-            else:
-                weight.copy_(self._untouched.pop(path))
-                del self._held[path]
+                self._held[path] = terms
+            elif path in self._untouched:
+                weight.copy_(self._untouched[path])
+                self._held.pop(path, None)
+                del self._untouched[path]  # last: whatever interrupts this must leave a way back
+
+
+def _terms(adapters: Mapping[str, Adapter], weights: Mapping[str, Mapping[str, float]]) -> dict[str, Terms]:
+    """What each touched weight shall hold. In order of name, so that the same mix has the same bits."""
+    terms: dict[str, Terms] = {}
+    for name in sorted(weights):
+        for path, delta in adapters[name].deltas.items():
+            weight = weights[name].get(path.partition(".")[0], 0.0)
+            if weight:
+                terms[path] = (*terms.get(path, ()), (delta, weight))
+    return terms
 
 
 def _sum(path: str, untouched: Tensor, terms: Terms) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from sdlora.errors import SdloraError
 
-Conditioning = Mapping[str, Tensor]  # batch first; what the UNet is told beside latents and timesteps
+# What the UNet is told beside latents and timesteps: encoder_hidden_states (n, tokens, width), and of SDXL text_embeds
+# (n, width), the pooled projection.
+Conditioning = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Family:
 
     encode(pipeline, captions): the conditioning, differentiable with respect to the text encoders.
     unconditional(pipeline, captions): the same for negative prompts, of which empty ones may be special.
-    predict(unet, latents, timesteps, conditioning, sizes): what the model predicts, in the latents' shape;
+    predict(unet, latents, timesteps, conditioning, sizes): what the model predicts, in the shape of the latents
+    (n, channels, height / 8, width / 8); timesteps (n,) or one for all;
     sizes: (n, 6) original height and width, crop top and left, target height and width; None: the latents' own.
     """
 

@@ -1,6 +1,7 @@
 """Checkpoints: a folder per step with the LoRA for use and the whole training state, complete or not there at all."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sdlora.errors import SdloraError
 
-STATE = "state.safetensors"
+STATE = "training.state"  # a safetensors file; by that name no program takes it for a LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +56,10 @@ def save(run: Path, state: State, write_lora: Callable[[Path], object]) -> Path:
     return final
 
 
-def latest(run: Path) -> Path | None:
-    """The checkpoint with the most steps, None where there is none."""
+def latest(run: Path, before: float = math.inf) -> Path | None:
+    """The checkpoint with the most steps, fewer than `before`; None where there is none."""
     folders = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and (path / STATE).is_file()]
-    return max(folders, key=lambda path: int(path.name), default=None)
+    return max((path for path in folders if int(path.name) < before), key=lambda path: int(path.name), default=None)
 
 
 def load(checkpoint: Path) -> State:

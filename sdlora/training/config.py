@@ -18,6 +18,8 @@ else:
     import tomli as tomllib
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "prodigy")
+# Accelerate's, by its names.
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -73,7 +75,7 @@ class TrainConfig:
     sample_every: int = setting(0, "steps between sample pictures; 0 makes none", min=0)
     sample_prompts: tuple[str, ...] = setting((), "prompts of the sample pictures (none: the first captions)")
     naming: str = setting("kohya", "key names in LoRA files", choices=("kohya", "diffusers"))
-    tracker: str = setting("tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "none"))
+    tracker: str = setting("tensorboard", "where metrics go beside metrics.jsonl", choices=TRACKERS)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -101,14 +103,14 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     told |= flags
     if told.get("steps") is not None and told.get("epochs") is not None:
         raise SdloraError("steps and epochs are both given; give one of them")
-    source = f" in {path}" if path else ""
+    source = f"config {path}: " if path else ""
     for name in told:
         if name not in TrainConfig.__dataclass_fields__:
-            raise SdloraError(f"unknown key {name!r}{source}{nearest(name, TrainConfig.__dataclass_fields__)}")
+            raise SdloraError(f"{source}unknown key {name!r}{nearest(name, TrainConfig.__dataclass_fields__)}")
     try:
         return TrainConfig(**{"dataset": "", **told})
     except SdloraError as error:
-        raise SdloraError(f"{error}{source}") from error
+        raise SdloraError(f"{source}{error}") from error
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -133,7 +135,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SdloraError(f"config {path} cannot be read ({error.strerror}); check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SdloraError(f"config {path} is not TOML ({error}); mend that line") from error
+        raise SdloraError(f"config {path} is not TOML ({error}); mend that place") from error
 
 
 def _checked(name: str, value: Any) -> Any:

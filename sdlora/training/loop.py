@@ -22,7 +22,11 @@ from sdlora.training.schedule import factor
 
 
 class Diverged(SdloraError):
-    """The loss or the gradients are no finite numbers any more."""
+    """The loss or the gradients are no finite numbers any more, from step `step` on."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def training_step(training: Training, index: int, members: Sequence[int]) -> tup
     """One optimizer step on a global batch: the loss of each sample, in the batch's order, and the gradient's norm.
 
     Each process takes its share of the batch in `gradient_accumulation` forward passes. Samples are numbered over the
-    run, and their chance comes from that number, so how a batch is shared out changes nothing.
+    run, and their chance comes from that number, so how a batch is shared out changes nothing (but the LoRA's dropout,
+    which is drawn for a forward pass).
     """
     config, accelerator = training.config, training.accelerator
     training.denoiser.train()
@@ -180,4 +185,4 @@ def _refuse_divergence(training: Training, index: int, losses: Tensor, members: 
 def _diverged(training: Training, index: int, what: str, names: Sequence[str]) -> None:
     training.optimizer.zero_grad()
     named = ", ".join(dict.fromkeys(names))
-    raise Diverged(f"the {what} became nan or infinite at step {index + 1} on {named}")
+    raise Diverged(f"the {what} became nan or infinite at step {index + 1} on {named}", index + 1)

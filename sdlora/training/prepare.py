@@ -1,14 +1,15 @@
 """From a config, a pipeline and a dataset to a training that can be run."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -32,13 +33,22 @@ from sdlora.training.objective import PREDICTION_TYPES
 from sdlora.training.order import steps_of
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What Accelerate's launcher hands on of its own settings, and its default; by the names of ours.
+LAUNCHED = {
+    "mixed_precision": ("ACCELERATE_MIXED_PRECISION", "no"),
+    "gradient_accumulation": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+}
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate as the config asks for it, whatever was run before in this Python process."""
-    if config.tracker == "tensorboard":
-        _require_tensorboard()
+    if config.tracker not in ("none", *(tracker.value for tracker in get_available_trackers())):
+        raise SdloraError(
+            f"tracker {config.tracker!r} is not installed; pip install {config.tracker.replace('_', '-')}, "
+            "or give --tracker none"
+        )
+    _refuse_other_launch(config)
     # One Python process may train several times; Accelerate would insist on the first run's precision.
     AcceleratorState._reset_state()
     try:
@@ -78,7 +88,8 @@ def prepare(
     """Wrap the targets, cache what the frozen parts make of the dataset, free these parts, hand over to Accelerate.
 
     Without sample pictures the VAE and, unless it is trained, the text encoder leave memory; with them they wait on
-    the CPU. The cheap checks come first: targets and prediction type raise SdloraError before anything is encoded.
+    the CPU. The cheap checks come first: targets, prediction type and optimizer raise SdloraError before anything is
+    encoded.
     """
     family = family_of(pipeline)
     kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
@@ -94,15 +105,15 @@ def prepare(
     injection = inject(
         components, config.targets, config.rank, config.alpha, config.dropout, generator=generator(config.seed, "lora")
     )
-    examples = _examples(accelerator.device, family, pipeline, dataset, bucketing, frozen=not trained)
-    if not config.sample_every:
-        for name in ("vae", *(name for name in family.text_encoders if name not in trained)):
-            setattr(pipeline, name, None)
     rates = {
         name: config.text_encoder_learning_rate if name in trained else config.learning_rate for name in components
     }
     trainable = {name: (injection.parameters(name), rate) for name, rate in rates.items()}
     optimizer = optimizers.build(config.optimizer, trainable, config.weight_decay)
+    examples = _examples(accelerator.device, family, pipeline, dataset, bucketing, frozen=not trained)
+    if not config.sample_every:
+        for name in ("vae", *(name for name in family.text_encoders if name not in trained)):
+            setattr(pipeline, name, None)
     if config.gradient_checkpointing:
         _checkpoint_gradients(components)
     denoiser, optimizer = accelerator.prepare(Denoiser(pipeline, family, trained), optimizer)
@@ -166,6 +177,10 @@ def _checkpoint_gradients(components: Mapping[str, Any]) -> None:
             getattr(component, enable if hasattr(component, enable) else old)({"use_reentrant": False})
 
 
-def _require_tensorboard() -> None:
-    if find_spec("tensorboard") is None:
-        raise SdloraError("tracker 'tensorboard' is not installed; pip install tensorboard, or give --tracker none")
+def _refuse_other_launch(config: TrainConfig) -> None:
+    """`accelerate launch` and `accelerate config` have words for settings of ours; where they differ, one must win."""
+    for name, (variable, default) in LAUNCHED.items():
+        told, own = os.environ.get(variable, default), str(getattr(config, name))
+        if told not in (default, own):
+            flag = f"--{name.replace('_', '-')}"
+            raise SdloraError(f"Accelerate is told {told!r} and sdlora {own!r} as {name}; give sdlora {flag} {told}")

@@ -1,6 +1,6 @@
 """A whole run: from a config to the final LoRA, with everything that belongs to it in the run folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -70,9 +70,9 @@ def run_training(config: TrainConfig, on_step: OnStep | None = None, say: Callab
     run = Run(training, pipeline, dataset, bucketing, architecture, say)
     done = run.restore(checkpoint) if checkpoint else 0
     accelerator.wait_for_everyone()  # every process has seen an empty folder before the first one fills it
-    if accelerator.is_main_process:
-        run_folder.write(config.folder, config, run_folder.describe(dataset, bucketing, ends), done)
     try:
+        if accelerator.is_main_process:
+            run.open_folder(run_folder.describe(dataset, bucketing, ends), done)
         run.drive(done, on_step)
         return run.finish()
     finally:
@@ -95,6 +95,15 @@ class Run:
     def folder(self) -> Path:
         return self.training.config.folder
 
+    def open_folder(self, description: Mapping[str, Any], done: int) -> None:
+        """Write what is known before the first step."""
+        try:
+            run_folder.write(self.folder, self.training.config, description, done)
+        except OSError as error:
+            raise SdloraError(
+                f"output {self.folder} cannot be written ({error.strerror}); name another --output"
+            ) from error
+
     def drive(self, done: int, on_step: OnStep | None) -> None:
         """Take the steps that are left; write metrics, checkpoints and samples as they fall due."""
         config, accelerator = self.training.config, self.training.accelerator
@@ -114,7 +123,12 @@ class Run:
                         live.close()
                         self.sample(step.index)
             except Diverged as error:
-                raise SdloraError(f"{error}; {self.last_good()}") from error
+                raise SdloraError(f"{error}; {self.last_good(error.step)}") from error
+            except OSError as error:
+                raise SdloraError(
+                    f"{self.folder} cannot be written ({error.strerror or error}); "
+                    f"free space there, then go on with: {self.command_to_resume()}"
+                ) from error
 
     def record(self, step: Step, on_step: OnStep) -> None:
         """Metrics to the run folder and the tracker, the step to whoever watches."""
@@ -145,6 +159,10 @@ class Run:
     def restore(self, checkpoint: Path) -> int:
         """Put the training where a checkpoint left it, to the bit, and return the steps done."""
         state = checkpoints.load(checkpoint)
+        if state.step > self.training.steps:
+            raise SdloraError(
+                f"{checkpoint} is past the {self.training.steps} steps that are wanted; give more --steps"
+            )
         for what, now in self.facts().items():
             if state.facts[what] != now:
                 raise SdloraError(f"cannot resume from {checkpoint}: {_OTHER[what].format(state.facts[what], now)}")
@@ -208,16 +226,19 @@ class Run:
         write_lora(adapter, path, config.naming)
 
     def how_to_resume(self, step: Step) -> str:
-        config = self.training.config
-        command = run_folder.command_to_resume(config)
-        return f"stopped after step {step.index} of {step.steps} and saved it; go on with: {command}"
+        return f"stopped after step {step.index} of {step.steps} and saved it; go on with: {self.command_to_resume()}"
 
-    def last_good(self) -> str:
-        """Where to go on from after a divergence."""
-        checkpoint = checkpoints.latest(self.folder)
-        advice = "try a lower learning_rate"
+    def command_to_resume(self) -> str:
+        return run_folder.command_to_resume(self.training.config, self.training.accelerator.num_processes)
+
+    def last_good(self, failed: int) -> str:
+        """Where to go on from after a divergence at step `failed`: its own weights, saved the step before, are bad."""
+        checkpoint = checkpoints.latest(self.folder, before=failed - 1)
+        if checkpoint is None:
+            return "there is no good checkpoint yet; begin anew with a lower learning_rate"
         return (
-            f"last good checkpoint: {checkpoint}; {advice}" if checkpoint else f"there is no checkpoint yet; {advice}"
+            f"last good checkpoint: {checkpoint}; delete later ones and go on from it with --resume and a lower "
+            "learning_rate"
         )
 
 

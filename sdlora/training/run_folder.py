@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,6 +22,7 @@ CONFIG, DATASET, METRICS = "config.toml", "dataset.json", "metrics.jsonl"
 # What may change when a run goes on. The pictures, captions and the global batch are compared by content elsewhere.
 FREE = {
     *("dataset", "output", "resume", "trigger", "steps", "epochs", "batch_size", "gradient_accumulation"),
+    *("learning_rate", "text_encoder_learning_rate"),  # after a divergence, say; from 0 or to 0 the modules tell
     *("gradient_checkpointing", "save_every", "sample_every", "sample_prompts", "naming", "tracker"),
 }
 
@@ -27,26 +30,41 @@ FREE = {
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The checkpoint a run goes on from, None where it starts from the beginning. Changes nothing.
 
-    SdloraError: the folder is in use and resume is off; resume is on and there is no run, or one with other settings.
+    SdloraError: the folder cannot be made or lies in the dataset; it is in use and resume is off; resume is on and
+    there is no run, or one with other settings.
     """
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise SdloraError(f"output {folder} is a file; name a folder")
+    _refuse_place(folder, Path(config.dataset))
     if not config.resume:
-        if folder.is_dir() and any(folder.iterdir()):
+        if os.path.isdir(folder) and any(folder.iterdir()):
             raise SdloraError(f"output folder {folder} is not empty; resume its run with --resume, or name another one")
         return None
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise SdloraError(f"there is no run to resume in {folder} (no {CONFIG}); check --output, or drop --resume")
     changed = _changed(load(folder / CONFIG, {}), config)
     if changed:
-        raise SdloraError(f"the run in {folder} cannot go on with other settings: {'; '.join(changed)}")
+        told = "; ".join(changed)
+        raise SdloraError(f"the run in {folder} cannot go on as {told}; leave that, or name another --output")
     return latest(folder)
 
 
-def command_to_resume(config: TrainConfig) -> str:
-    """What to type to go on with a run."""
-    return f"sdlora train --config {config.folder / CONFIG} --resume"
+def _refuse_place(folder: Path, dataset: Path) -> None:
+    """SdloraError where no run folder can be, before any work is done for it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(there):
+        raise SdloraError(f"output {folder} cannot be made: {there} is a file; name another --output")
+    if not os.access(there, os.W_OK):
+        raise SdloraError(f"output {folder} cannot be made: {there} may not be written to; name another --output")
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(dataset)):
+        raise SdloraError(
+            f"output {folder} lies in the dataset, as if it held pictures to train; name another --output"
+        )
+
+
+def command_to_resume(config: TrainConfig, processes: int) -> str:
+    """What to type to go on with a run of that many processes."""
+    launch = "sdlora" if processes == 1 else f"accelerate launch --num_processes {processes} -m sdlora"
+    return f"{launch} train --config {shlex.quote(str(config.folder / CONFIG))} --resume"
 
 
 def describe(dataset: Dataset, bucketing: Bucketing, truncated: Mapping[str, str]) -> dict[str, Any]:
@@ -82,15 +100,23 @@ def fingerprint(dataset: Dataset, bucketing: Bucketing) -> str:
 
 
 def write(folder: Path, config: TrainConfig, description: Mapping[str, Any], done: int) -> None:
-    """Write config.toml and dataset.json, and drop from metrics.jsonl what came after step `done`."""
+    """Write config.toml and dataset.json, and drop from metrics.jsonl what came after step `done` or is damaged."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CONFIG, lambda path: path.write_text(to_toml(config), "utf-8"))
     text = json.dumps(description, indent=1, ensure_ascii=False)
     replace_file(folder / DATASET, lambda path: path.write_text(text + "\n", "utf-8"))
     if (folder / METRICS).is_file():
-        lines = (folder / METRICS).read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        lines = (folder / METRICS).read_text("utf-8", "replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= done]
         replace_file(folder / METRICS, lambda path: path.write_text("".join(kept), "utf-8"))
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of metrics.jsonl is about; infinity for one that a power cut has left half written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def append_metrics(folder: Path, step: Step) -> None:

@@ -24,7 +24,8 @@ def render_samples(training: Training, pipeline: Any, folder: Path, step: int) -
     paths = []
     with _lent(training, pipeline), training.accelerator.autocast():
         for number, prompt in enumerate(prompts(training.config, training.examples.captions)):
-            job = Job(model=training.config.model, prompt=prompt, seed=training.config.seed)
+            side, seed = training.config.resolution, training.config.seed
+            job = Job(model=training.config.model, prompt=prompt, seed=seed, width=side, height=side)
             picture = next(event for event in render(Mixer(pipeline), job) if isinstance(event, Picture))
             path = folder / f"{step:06d}-{number}.png"
             picture.image.save(path)

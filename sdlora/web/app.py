@@ -12,6 +12,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr  # noqa: E402
 
+from sdlora.models.load import find  # noqa: E402
 from sdlora.web import generate, markup  # noqa: E402
 from sdlora.web.library import Library  # noqa: E402
 from sdlora.web.studio import Studio  # noqa: E402
@@ -41,10 +42,14 @@ def serve(
     (none: outputs, which is made).
 
     A host that other machines can reach needs a password (user name: sdlora). SdloraError: it has none, the port is
-    taken, a library is no folder.
+    taken, a library is no folder, there is no such model.
     """
     if not (password or _is_loopback(host)):
         raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
+    if not 0 < port < 65536:
+        raise SdloraError(f"port {port} is none; give one from 1 to 65535 with --port")
+    for model in models:
+        find(model)
     library = Library([Path(folder) for folder in libraries]) if libraries else None
     try:
         _made(Path(output))
@@ -83,7 +88,9 @@ def serve(
 
 def build(studio: Studio) -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+    # Copies of pictures and uploads go when the app ends; until then uploads are in the library.
+    kept = (86400, 365 * 86400)  # seconds between looks, and at most
+    with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True, delete_cache=kept) as page:
         gr.HTML(markup.HEADER)
         generate.build(studio, page)
     page.queue(max_size=64, default_concurrency_limit=16)

@@ -1,6 +1,7 @@
 """The LoRA files that the app offers. Pages name them by opaque ids; paths never come from a browser."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Library:
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(folders)
-        missing = next((folder for folder in self.folders if not folder.is_dir()), None)
+        missing = next((folder for folder in self.folders if not os.path.isdir(folder)), None)
         if missing:
             raise SdloraError(f"library {missing} is no folder; make it, or name another one with --library")
         self._uploads: dict[str, Entry] = {}

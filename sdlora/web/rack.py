@@ -118,7 +118,7 @@ def _wire(rack: Rack) -> None:
     rack.add.click(add, rack.shown, [rack.shown, *boxes], **quiet)
     rack.upload.upload(upload, [rack.upload, rack.shown, *lists], [rack.shown, *boxes, *lists], **quiet)
     for index, row in enumerate(rack.rows):
-        row.lora.change(describe, [row.lora, rack.model], row.words, **quiet)
+        gr.on([row.lora.change, rack.model.change], describe, [row.lora, rack.model], row.words, **quiet)
         row.remove.click(
             lambda shown, index=index: [*_show(tuple(i for i in shown if i != index)), None, 0.8, True],
             rack.shown,

@@ -29,6 +29,10 @@ WRONG = {
     "train pictures --model no-such-model": ["no-such-model"],
     "train pictures --model hollow": ["hollow", "model_index.json"],
     "train texts": ["texts"],
+    "train " + "x" * 5000: ["does not exist"],
+    "train pictures --output pictures/a.png/run": ["pictures/a.png", "is a file"],
+    "train pictures --output pictures/run": ["pictures/run", "lies in the dataset"],
+    "train pictures --tracker wandb": ["wandb", "pip install"],
     "generate": ["prompt"],
     "generate cat dog": ["'dog'"],
     "generate cat --lora a.safetensors:abc": ["a.safetensors", "'abc'", "weight"],
@@ -36,6 +40,7 @@ WRONG = {
     "generate cat --lora a.safetensors:1:2:3": ["a.safetensors:1:2:3"],
     "generate cat --seed abc": ["--seed", "abc"],
     "generate cat --seed -1": ["seed", "-1"],
+    "generate cat --seed 9223372036854775807 --count 2": ["seed", "2 seeds"],
     "generate cat --steps 0": ["steps", "0"],
     "generate cat --guidance inf": ["guidance scale", "inf"],
     "generate cat --scheduler eulr": ["eulr", "euler"],
@@ -44,12 +49,17 @@ WRONG = {
     "generate cat --count 0": ["count", "0"],
     "generate cat --model no-such-model": ["no-such-model"],
     "generate cat --model hollow": ["hollow", "model_index.json"],
+    "generate cat --model weightless": ["weightless", "cannot be loaded"],
+    "generate cat --model tiny --output pictures/a.png": ["a.png", "is a file"],
     "generate cat --model tiny --lora missing.safetensors:0.5": ["missing.safetensors"],
     "generate cat --model tiny --lora notes:from:me.safetensors:0.5": ["notes:from:me.safetensors"],
     "generate cat --model tiny --lora short.safetensors": ["short.safetensors"],
     "app --library no-such-folder": ["no-such-folder"],
     "app --host 0.0.0.0": ["0.0.0.0", "password"],
+    "app --library " + "x" * 5000: ["is no folder"],
+    "app --model no-such-model": ["no-such-model"],
     "app --port abc": ["--port", "abc"],
+    "app --port 99999": ["99999", "65535"],
 }
 
 
@@ -58,6 +68,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, and with things that are not what they should be."""
     folder = tmp_path_factory.mktemp("workplace")
     tiny_folder(folder / "tiny")
+    tiny_folder(folder / "weightless")
+    (folder / "weightless" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     for name in ("empty", "hollow", "pictures", "texts", "outputs"):
         (folder / name).mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "pictures" / "a.png")

@@ -42,6 +42,23 @@ def test_no_caption_and_no_trigger_names_the_files(tmp_path: Path) -> None:
         scan(tmp_path)
 
 
+def test_a_damaged_avif_is_skipped_like_any_other(tmp_path: Path) -> None:
+    draw(tmp_path / "good.png", caption="x")
+    whole = bytearray(draw(tmp_path / "bad.avif", (80, 60)).read_bytes())
+    start = whole.index(b"mdat") + 8
+    whole[start : start + 24] = bytes(24)
+    (tmp_path / "bad.avif").write_bytes(whole)
+    ((name, reason),) = scan(tmp_path, trigger="t").receipt.skipped
+    assert name == "bad.avif" and "\n" not in reason
+
+
+def test_a_folder_by_the_name_of_a_caption_is_one_line(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(SdloraError, match="caption .*a.txt cannot be read .*directory"):
+        scan(tmp_path)
+
+
 def test_unreadable_pictures_are_named_and_skipped(tmp_path: Path) -> None:
     draw(tmp_path / "good.png", caption="x")
     (tmp_path / "text.png").write_text("I am no picture")

@@ -1,14 +1,18 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from sdlora.errors import SdloraError
+from sdlora.formats.write import write
 from sdlora.generation import png
 from sdlora.generation.job import SCHEDULERS, Job, LoraWeight, parse_lora, parse_size
-from sdlora.generation.render import Picture, Progress, denoise, render
+from sdlora.generation.render import Picture, Progress, denoise, hold, render
 from sdlora.mixing.mixer import Mixer
+from sdlora.models.families import components_of
+from tests.conftest import random_adapter
 from tests.tiny import tiny_pipeline
 
 JOB = Job(prompt="a red cat", negative_prompt="blue", model="tiny", seed=7, steps=4, width=64, height=48)
@@ -65,6 +69,11 @@ def test_progress_counts_steps_and_closing_frees_the_pipeline():
     assert not mixer.lock.locked()
 
 
+def test_progress_counts_the_steps_that_the_scheduler_takes():
+    events = [e for e in render(Mixer(tiny_pipeline()), replace(JOB, scheduler="heun")) if isinstance(e, Progress)]
+    assert [event.step for event in events] == list(range(1, 8)) and {event.steps for event in events} == {7}
+
+
 def test_no_guidance_needs_no_second_pass(monkeypatch):
     pipeline, sizes = tiny_pipeline(), []
     pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -84,14 +93,51 @@ def test_a_picture_carries_its_job(tmp_path):
     assert png.save(picture, tmp_path) != path
     text = png.parameters(picture.job)
     assert text.startswith(
-        "a red cat\nNegative prompt: blue\nSteps: 4, Sampler: Automatic, CFG scale: 5.0, Seed: 7, Size: 64x48"
+        "a red cat\nNegative prompt: blue\nSteps: 4, Sampler: Automatic, CFG scale: 5, Seed: 7, Size: 64x48"
     )
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    (picture,) = pictures(Mixer(tiny_pipeline()), JOB)
+
+    def full(self, file, *args, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(SdloraError, match="No space left"):
+        png.save(picture, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_lora_leaves_the_mix_as_it_was(tmp_path):
+    mixer = Mixer(tiny_pipeline())
+    write(random_adapter(components_of(mixer.pipeline), 0, suffix="to_q"), tmp_path / "mine.safetensors")
+    write(random_adapter(components_of(tiny_pipeline("sdxl")), 0), tmp_path / "other.safetensors")
+    mine, other = (LoraWeight(path=str(tmp_path / f"{name}.safetensors")) for name in ("mine", "other"))
+    hold(mixer, replace(JOB, loras=(mine,)))
+    before = mixer.names, mixer.weights
+    assert before[1]
+    with pytest.raises(SdloraError, match="other.safetensors"):
+        hold(mixer, replace(JOB, loras=(other,)))
+    assert (mixer.names, mixer.weights) == before
+
+
+def test_a_picture_of_nans_is_an_error_not_a_black_square():
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(SdloraError, match="has become nan"):
+        pictures(Mixer(pipeline), JOB)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"width": 100}, "multiple of 8, such as"),
+        ({"seed": 10**400}, "between 0"),
+        ({"guidance_scale": 10**400}, "between 0"),
+        ({"prompt": "caf\udce9"}, "the prompt holds bytes that are no text"),
         ({"steps": 0}, "between 1 and"),
         ({"guidance_scale": float("nan")}, "finite"),
         ({"scheduler": "eular"}, "nearest: euler"),
@@ -124,5 +170,6 @@ def test_weights_that_are_none(text):
 
 def test_sizes():
     assert parse_size("512") == (512, 512) and parse_size("512x768") == (512, 768)
-    with pytest.raises(SdloraError, match="write 512"):
-        parse_size("big")
+    for text in ("big", "9" * 5000):
+        with pytest.raises(SdloraError, match="write 512"):
+            parse_size(text)

@@ -95,32 +95,67 @@ def test_parameters_stay_the_same_objects():
     assert {id(p) for p in pipeline.unet.parameters()} == parameters
 
 
-def test_a_failure_midway_restores_the_base(monkeypatch):
+@pytest.mark.parametrize("wanted", [{}, {"lora 0": 0.5, "lora 1": 1.0}, {"lora 1": 1.0}])
+@pytest.mark.parametrize("moment", [0, 1, 7, 30])
+def test_an_interrupted_change_leaves_the_mix_as_it_was(monkeypatch, wanted, moment):
     pipeline = tiny_pipeline()
-    before = snapshot(pipeline)
-    mixer = mixer_with(pipeline, 2)
+    base = snapshot(pipeline)
+    mixer = Mixer(pipeline)
+    for i in range(2):
+        mixer.add(random_adapter(components_of(pipeline), seed=i, suffix="to_q"), f"lora {i}")
     mixer.set({"lora 0": 1.0})
-    compute, calls = LowRank.weight, iter(range(1000))
+    before, copy, calls = snapshot(pipeline), torch.Tensor.copy_, iter(range(1000))
 
-    def failing(self, base):
-        if next(calls) == 7:
-            raise MemoryError
-        return compute(self, base)
+    def interrupted(self, source):
+        call = next(calls)
+        if call == moment // 2:
+            if moment % 2:
+                copy(self, source)
+            raise KeyboardInterrupt
+        return copy(self, source)
 
-    monkeypatch.setattr(LowRank, "weight", failing)
-    with pytest.raises(MemoryError):
-        mixer.set({"lora 1": 1.0})
-    assert same(pipeline, before)
-    assert mixer.weights == {}
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    if moment // 2 < 10:
+        with pytest.raises(KeyboardInterrupt):
+            mixer.set(wanted)
+        assert same(pipeline, before)
+        assert mixer.weights == {"lora 0": {"unet": 1.0, "text_encoder": 1.0}}
+    monkeypatch.undo()
+    mixer.set({})
+    assert same(pipeline, base)
 
 
-def test_a_mix_that_overflows_is_refused():
+def test_a_mix_that_overflows_is_refused_and_changes_nothing():
     pipeline = tiny_pipeline().to(torch.float16)
-    before = snapshot(pipeline)
+    base = snapshot(pipeline)
     mixer = mixer_with(pipeline, 1)
-    with pytest.raises(SdloraError, match="overflows float16"):
-        mixer.set({"lora 0": 1e6})
-    assert same(pipeline, before)
+    mixer.set({"lora 0": 0.5})
+    before, adapter = snapshot(pipeline), mixer._adapters["lora 0"]
+    huge = {path: LowRank(delta.down * 1e6, delta.up, delta.alpha) for path, delta in adapter.deltas.items()}
+    for change in (lambda: mixer.set({"lora 0": 1e6}), lambda: mixer.add(Adapter(huge), "lora 0")):
+        with pytest.raises(SdloraError, match="overflows float16"):
+            change()
+        assert same(pipeline, before) and mixer._adapters["lora 0"] is adapter
+    mixer.set({})
+    assert same(pipeline, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mix_is_rounded_once(dtype):
+    """Every merged weight is within half a unit in the last place of the sum in float64, and float32's own error."""
+    pipeline = tiny_pipeline().to(dtype)
+    mixer, path = Mixer(pipeline), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    base = mixer._modules[path].weight.detach().double()
+    adapters = [random_adapter(components_of(pipeline), seed=i, suffix="to_q") for i in range(3)]
+    exact = base.clone()
+    for i, adapter in enumerate(adapters):
+        mixer.add(adapter, f"lora {i}")
+        delta = adapter.deltas[path]
+        exact += 0.3 * (i + 1) * delta.scale * delta.up.double() @ delta.down.double()
+    mixer.set({f"lora {i}": 0.3 * (i + 1) for i in range(3)})
+    error = (mixer._modules[path].weight.double() - exact).abs()
+    exponent = torch.floor(torch.log2(exact.abs().clamp(min=torch.finfo(dtype).tiny)))
+    assert (error <= 0.5 * torch.finfo(dtype).eps * 2**exponent + 1e-6).all()
 
 
 @pytest.mark.parametrize(

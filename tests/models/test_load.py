@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdlora.errors import SdloraError
 from sdlora.models.families import family_of, truncated
@@ -23,6 +23,41 @@ def test_folders_load_with_their_weights(tmp_path, kind):
 def test_a_folder_that_lacks_a_part_is_named(tmp_path, part):
     shutil.rmtree(tiny_folder(tmp_path) / part)
     with pytest.raises(SdloraError, match=f"lacks {part}"):
+        load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("tokenizer", "tokenizer.json"), ("scheduler", "scheduler_config.json"), ("unet", "config.json")]
+)
+def test_a_part_without_its_file_is_named(tmp_path, part, file):
+    folder = tiny_folder(tmp_path)
+    for name in (file, "vocab.json"):
+        (folder / part / name).unlink(missing_ok=True)
+    with pytest.raises(SdloraError, match=f"lacks {part}"):
+        load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_part_that_lacks_a_weight_is_named(tmp_path, part):
+    (file,) = (tiny_folder(tmp_path, "sdxl") / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("bias"))
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SdloraError, match=f"{part} lacks 1 weights such as .*{name.partition('.')[2]}"):
+        load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000])
+def test_paths_that_cannot_be_are_no_model(name):
+    with pytest.raises(SdloraError, match="no model at"):
+        load_pipeline(name)
+
+
+@pytest.mark.parametrize("index", ['{"_class_name": ["x"]}', "[" * 100_000, "{}", "[]"])
+def test_a_damaged_index_is_one_line(tmp_path, index):
+    (tiny_folder(tmp_path) / "model_index.json").write_text(index)
+    with pytest.raises(SdloraError, match="model_index.json is damaged|is a \\['x'\\]"):
         load_pipeline(str(tmp_path))
 
 

@@ -28,7 +28,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     parameters = {"unet.a.down": torch.randn(2, 3), "unet.a.up": torch.randn(3, 2).t()}
     path = checkpoints.save(tmp_path, State(12, parameters, PLAIN, {"global_batch": 4}), write_lora)
     assert path == tmp_path / "checkpoints" / "000012" == checkpoints.latest(tmp_path)
-    assert {file.name for file in path.iterdir()} == {"state.safetensors", f"{tmp_path.name}-000012.safetensors"}
+    assert {file.name for file in path.iterdir()} == {"training.state", f"{tmp_path.name}-000012.safetensors"}
     state = checkpoints.load(path)
     assert state.step == 12 and state.facts == {"global_batch": 4}
     assert all(torch.equal(state.parameters[name], tensor) for name, tensor in parameters.items())
@@ -56,13 +56,15 @@ def test_the_latest_is_the_one_with_most_steps(tmp_path: Path) -> None:
         checkpoints.save(tmp_path, State(step, {}, PLAIN, {}), write_lora)
     latest = checkpoints.latest(tmp_path)
     assert latest is not None and checkpoints.load(latest).step == 1_000_000
+    assert checkpoints.latest(tmp_path, before=200) == tmp_path / "checkpoints" / "000009"
+    assert checkpoints.latest(tmp_path, before=9) is None
 
 
 def test_damage_is_one_line_with_a_way_out(tmp_path: Path) -> None:
     path = checkpoints.save(tmp_path, State(5, {"a": torch.ones(9)}, PLAIN, {}), write_lora)
     file = path / checkpoints.STATE
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(SdloraError, match=r"state\.safetensors is damaged .*delete .*000005"):
+    with pytest.raises(SdloraError, match=r"training\.state is damaged .*delete .*000005"):
         checkpoints.load(path)
 
 

@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, changes: dict[str, object]
 
 def test_unknown_keys_name_the_nearest(tmp_path: Path) -> None:
     path = written(tmp_path, 'dataset = "x"\nlearningrate = 1e-4\n')
-    with pytest.raises(SdloraError, match=r"unknown key 'learningrate' in .*run\.toml \(nearest: learning_rate"):
+    with pytest.raises(SdloraError, match=r"config .*run\.toml: unknown key 'learningrate' \(nearest: learning_rate"):
         load(path, {})
 
 

@@ -1,6 +1,7 @@
 """Whole runs: the folder they leave, resuming to the bit, several processes, bad input that changes nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdlora.errors import SdloraError
+from sdlora.training import loop
 from sdlora.training.config import TrainConfig, load, to_toml
 from sdlora.training.loop import Step
 from sdlora.training.run import run_training
+from sdlora.training.run_folder import command_to_resume
 
 Configure = Callable[..., TrainConfig]
 # All that keeps state or draws chance.
@@ -199,11 +202,70 @@ def test_bad_input_leaves_everything_as_it_was(configure: Configure, change: dic
     assert not config.folder.exists()
 
 
-def test_divergence_names_the_last_good_checkpoint(configure: Configure) -> None:
+def test_divergence_does_not_take_the_weights_that_diverged_for_good(configure: Configure) -> None:
     config = configure(steps=9, save_every=1, learning_rate=1e25, max_grad_norm=0.0)
-    with pytest.raises(SdloraError, match=r"nan or infinite at step 2 on \d\.png; last good checkpoint: .*000001"):
+    with pytest.raises(SdloraError, match=r"nan or infinite at step 2 on \d\.png; there is no good checkpoint yet"):
         run(config)
     assert not (config.folder / "run.safetensors").exists()
+
+
+def test_divergence_names_the_last_good_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, losses = configure(steps=9, save_every=1), loop.objective.sample_losses
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(
+        loop.objective, "sample_losses", lambda *told: losses(*told) * (math.nan if next(calls) == 4 else 1)
+    )
+    with pytest.raises(SdloraError, match=r"nan or infinite at step 4 on \d\.png; last good checkpoint: .*000002"):
+        run(config)
+
+
+def test_a_run_cannot_go_on_to_fewer_steps_than_it_has(configure: Configure) -> None:
+    final = run(configure(steps=3))
+    before = final.read_bytes(), load(final.parent / "config.toml", {})
+    with pytest.raises(SdloraError, match="000003 is past the 2 steps that are wanted"):
+        run(configure(steps=2, resume=True))
+    assert (final.read_bytes(), load(final.parent / "config.toml", {})) == before
+
+
+def test_a_damaged_line_of_metrics_does_not_stop_a_resume(configure: Configure) -> None:
+    folder = run(configure(steps=2)).parent
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\xff\n[]\n")
+    run(configure(steps=3, resume=True))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_run_in_its_own_dataset_is_refused(configure: Configure) -> None:
+    config = configure()
+    with pytest.raises(SdloraError, match="lies in the dataset"):
+        run(replace(config, output=str(Path(config.dataset) / "run")))
+    assert not (Path(config.dataset) / "run").exists()
+
+
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdlora.training.run.checkpoints.save", full)
+    with pytest.raises(
+        SdloraError, match=r"No space left on device\); free space there, then go on with: sdlora train"
+    ):
+        run(configure(steps=1))
+
+
+def test_what_accelerate_is_told_otherwise_is_not_ignored(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SdloraError, match="Accelerate is told 'bf16' and sdlora 'no'.*--mixed-precision bf16"):
+        run(configure())
+
+
+def test_the_command_to_resume_can_be_typed() -> None:
+    config = TrainConfig(dataset="d", output="my runs/zib")
+    assert command_to_resume(config, 1) == "sdlora train --config 'my runs/zib/config.toml' --resume"
+    assert command_to_resume(config, 2).startswith("accelerate launch --num_processes 2 -m sdlora train ")
 
 
 def test_two_processes_train_as_one_does(configure: Configure, tmp_path: Path) -> None:
