@@ -1,22 +1,33 @@
-"""The one form of a LoRA in memory: module paths and their deltas."""
+"""The one form of a LoRA in memory: parameters and their deltas."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from sdlora.lowrank.laws import LowRank
+from sdlora.lowrank.laws import Delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Embeddings = Mapping[str, Mapping[str, "Tensor"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA in memory, whatever file it came from.
 
-    deltas: by diffusers module path led by its component, such as "unet.down_blocks.0.attentions.0.proj_in".
+    deltas: by diffusers module path led by its component, such as "unet.down_blocks.0.attentions.0.proj_in". That is
+    the module's weight; a change to its bias has ".bias" behind the path.
     metadata: what a file says about itself, as text.
+    embeddings: learned tokens (textual inversion): by token, then by text encoder: vectors (n, width).
     """
 
-    deltas: Mapping[str, LowRank]
+    deltas: Mapping[str, Delta]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Embeddings = field(default_factory=dict)
 
-    def component(self, name: str) -> Mapping[str, LowRank]:
+    def component(self, name: str) -> Mapping[str, Delta]:
         """The deltas of one component ("unet", "text_encoder", ...), still under their full paths."""
         return {path: delta for path, delta in self.deltas.items() if path.partition(".")[0] == name}

@@ -115,11 +115,12 @@ class Injection:
             raise SdloraError(f"the adapter holds {len(unknown)} modules that are not wrapped: {unknown[0]}{hint}, ...")
         if missing:
             raise SdloraError(f"the adapter lacks {len(missing)} of the wrapped modules: {missing[0]}, ...")
+        fitting = {}
         for path, delta in adapter.deltas.items():
             with _naming(path):
-                check_fit(self.layers[path], delta)
-        for path, delta in adapter.deltas.items():
-            copy_into(self.layers[path], delta)
+                fitting[path] = check_fit(self.layers[path], delta)
+        for path, low_rank in fitting.items():
+            copy_into(self.layers[path], low_rank)
 
     def report(self) -> InjectionReport:
         """Modules wrapped and parameters added, by component."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws import LowRank
+from sdlora.lowrank.laws import Delta, LowRank
 
 # torch's own initialisation would draw from the global generator; on the meta device it draws nothing.
 UNDRAWN: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
@@ -101,13 +101,16 @@ def delta_of(layer: LoRALayer) -> LowRank:
     return LowRank(down=down, up=up, alpha=layer.alpha)
 
 
-def check_fit(layer: LoRALayer, delta: LowRank) -> None:
-    """Raise SdloraError where the layer cannot take the delta: another shape or rank."""
+def check_fit(layer: LoRALayer, delta: Delta) -> LowRank:
+    """The delta, if the layer can take it; SdloraError for another law, shape or rank."""
     weight, rank = layer.base.weight, layer.down.weight.shape[0]
+    if not isinstance(delta, LowRank) or delta.mid is not None:
+        raise SdloraError(f"the delta is a {delta.name}; only plain low-rank ones can be trained further")
     if not delta.fits(weight.shape):
         raise SdloraError(f"a delta of shape {delta.shape} does not fit a weight of shape {tuple(weight.shape)}")
     if delta.rank != rank:
         raise SdloraError(f"the delta has rank {delta.rank}, the layer has rank {rank}; wrap with the delta's rank")
+    return delta
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ from sdlora.formats.architectures import architecture_of
 from sdlora.formats.read import read
 from sdlora.formats.receipt import Receipt
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.laws import LowRank
+from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.targets import modules_of
 from sdlora.models.families import components_of
 
 Weights = float | Mapping[str, float]  # one for all components, or by component ("unet", "text_encoder", ...)
-Terms = tuple[tuple[LowRank, float], ...]  # what a touched weight holds: deltas and their weights, in order of name
+Terms = tuple[tuple[Delta, float], ...]  # what a touched weight holds: deltas and their weights, in order of name
 
 
 @dataclass(frozen=True)
