@@ -1,9 +1,12 @@
 """The modules of Stable Diffusion models by path and shape, listed in plain Python: no model needs to be loaded."""
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from sdlora import toybox as toybox_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,23 +16,41 @@ Module = tuple[str, tuple[int, ...]]
 
 # Convolutions by which an inpainting model differs from the one it was made of.
 ENDS = ("unet.conv_in", "unet.conv_out")
-LABELS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "custom": "of another kind"}
+LABELS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "toybox": "toybox", "custom": "of another kind"}
+# Linear layers of these names have no bias; all other Linear and Conv2d modules have one.
+WITHOUT_BIAS = (".to_q", ".to_k", ".to_v", ".text_projection")
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What a LoRA can change in a model: the shape of each Linear's and Conv2d's weight by its path.
+    """What a LoRA can change in a model.
 
-    name: sd1, sd2, sdxl, or custom for any other (toybox is one).
+    name: sd1, sd2, sdxl, toybox, or custom for any other.
+    shapes: of each Linear's and Conv2d's weight by its path; norms: (width,) of each GroupNorm and LayerNorm.
     """
 
     name: str
     shapes: Shapes
+    norms: Shapes = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """The name as people write it."""
         return LABELS[self.name]
+
+    def shape_of(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a module's weight by its path, of its bias by the path and ".bias"; None for what is not there.
+
+        A module that has no bias could be given one, so it has a shape too.
+        """
+        module = parameter.removesuffix(".bias")
+        shape = self.shapes.get(module) or self.norms.get(module)
+        return shape[:1] if shape and module != parameter else shape
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What a LoRA can change: "unet", "text_encoder" and so on, in the model's order."""
+        return tuple(dict.fromkeys(path.partition(".")[0] for path in self.shapes))
 
 
 @dataclass(frozen=True)
@@ -60,25 +81,44 @@ class TextEncoderPlan:
 @cache
 def sd1() -> Architecture:
     unet = UNetPlan((320, 640, 1280, 1280), (1, 1, 1, 0), 768, False)
-    return Architecture("sd1", _shapes(unet, text_encoder=TextEncoderPlan(768, 12)))
+    return _architecture("sd1", unet, text_encoder=TextEncoderPlan(768, 12))
 
 
 @cache
 def sd2() -> Architecture:
     unet = UNetPlan((320, 640, 1280, 1280), (1, 1, 1, 0), 1024, True)
-    return Architecture("sd2", _shapes(unet, text_encoder=TextEncoderPlan(1024, 23)))
+    return _architecture("sd2", unet, text_encoder=TextEncoderPlan(1024, 23))
 
 
 @cache
 def sdxl() -> Architecture:
     unet = UNetPlan((320, 640, 1280), (0, 2, 10), 2048, True, added_embedding=2816)
     encoders = {"text_encoder": TextEncoderPlan(768, 12), "text_encoder_2": TextEncoderPlan(1280, 32, True)}
-    return Architecture("sdxl", _shapes(unet, **encoders))
+    return _architecture("sdxl", unet, **encoders)
 
 
+@cache
+def toybox() -> Architecture:
+    """The small model that ships with sdlora, as its own configs describe it."""
+    unet, encoder = (_config(part) for part in ("unet", "text_encoder"))
+    widths = tuple(unet["block_out_channels"])
+    depths = tuple(int("CrossAttn" in block) for block in unet["down_block_types"])
+    plan = UNetPlan(
+        widths,
+        depths,
+        unet["cross_attention_dim"],
+        unet["use_linear_projection"],
+        layers_per_block=unet["layers_per_block"],
+        channels=unet["in_channels"],
+    )
+    text_encoder = TextEncoderPlan(encoder["hidden_size"], encoder["num_hidden_layers"])
+    return _architecture("toybox", plan, text_encoder=text_encoder)
+
+
+@cache
 def known() -> tuple[Architecture, ...]:
     """The architectures that files are recognised as."""
-    return sd1(), sd2(), sdxl()
+    return sd1(), sd2(), sdxl(), toybox()
 
 
 def architecture_of(components: Mapping[str, "nn.Module"]) -> Architecture:
@@ -86,22 +126,36 @@ def architecture_of(components: Mapping[str, "nn.Module"]) -> Architecture:
 
     The convolutions at both ends do not count for the name: inpainting models have more channels there.
     """
+    from torch import nn
+
     from sdlora.lowrank.targets import modules_of
 
     shapes = {path: tuple(module.weight.shape) for path, module in modules_of(components).items()}
+    norms = modules_of(components, kinds=(nn.GroupNorm, nn.LayerNorm))
     same = (one.name for one in known() if _inner(one.shapes) == _inner(shapes))
-    return Architecture(next(same, "custom"), shapes)
+    widths = {path: tuple(module.weight.shape) for path, module in norms.items()}
+    return Architecture(next(same, "custom"), shapes, widths)
+
+
+def has_bias(module: str) -> bool:
+    """Whether a Linear or Conv2d of this path has a bias in the models as they were released."""
+    return not module.endswith(WITHOUT_BIAS)
+
+
+def _config(part: str) -> dict[str, Any]:
+    return json.loads((toybox_model.path() / part / "config.json").read_text("utf-8"))
 
 
 def _inner(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {path: shape for path, shape in shapes.items() if path not in ENDS}
 
 
-def _shapes(unet: UNetPlan, **text_encoders: TextEncoderPlan) -> dict[str, tuple[int, ...]]:
-    shapes = {f"unet.{path}": shape for path, shape in _unet(unet)}
+def _architecture(name: str, unet: UNetPlan, **text_encoders: TextEncoderPlan) -> Architecture:
+    modules = {f"unet.{path}": shape for path, shape in _unet(unet)}
     for component, plan in text_encoders.items():
-        shapes |= {f"{component}.{path}": shape for path, shape in _text_encoder(plan)}
-    return shapes
+        modules |= {f"{component}.{path}": shape for path, shape in _text_encoder(plan)}
+    shapes = {path: shape for path, shape in modules.items() if len(shape) > 1}
+    return Architecture(name, shapes, {path: shape for path, shape in modules.items() if len(shape) == 1})
 
 
 def _unet(plan: UNetPlan) -> Iterator[Module]:
@@ -125,6 +179,7 @@ def _unet(plan: UNetPlan) -> Iterator[Module]:
     yield from _transformer("mid_block.attentions.0", last, middle, plan)
     yield from _resnet("mid_block.resnets.1", last, last, time)
     yield from _up_blocks(plan, time)
+    yield "conv_norm_out", (first,)
     yield "conv_out", (plan.channels, first, 3, 3)
 
 
@@ -148,8 +203,10 @@ def _embedding(path: str, into: int, out: int) -> Iterator[Module]:
 
 
 def _resnet(path: str, into: int, out: int, time: int) -> Iterator[Module]:
+    yield f"{path}.norm1", (into,)
     yield f"{path}.conv1", (out, into, 3, 3)
     yield f"{path}.time_emb_proj", (out, time)
+    yield f"{path}.norm2", (out,)
     yield f"{path}.conv2", (out, out, 3, 3)
     if into != out:
         yield f"{path}.conv_shortcut", (out, into, 1, 1)
@@ -159,9 +216,12 @@ def _transformer(path: str, width: int, depth: int, plan: UNetPlan) -> Iterator[
     if not depth:
         return
     projection = (width, width) if plan.use_linear_projection else (width, width, 1, 1)
+    yield f"{path}.norm", (width,)
     yield f"{path}.proj_in", projection
     for k in range(depth):
         block = f"{path}.transformer_blocks.{k}"
+        for norm in ("norm1", "norm2", "norm3"):
+            yield f"{block}.{norm}", (width,)
         for attention, seen in (("attn1", width), ("attn2", plan.cross_attention_dim)):
             yield f"{block}.{attention}.to_q", (width, width)
             yield f"{block}.{attention}.to_k", (width, seen)
@@ -178,7 +238,10 @@ def _text_encoder(plan: TextEncoderPlan) -> Iterator[Module]:
         layer = f"text_model.encoder.layers.{i}"
         for name in ("k", "v", "q", "out"):
             yield f"{layer}.self_attn.{name}_proj", (width, width)
+        yield f"{layer}.layer_norm1", (width,)
         yield f"{layer}.mlp.fc1", (4 * width, width)
         yield f"{layer}.mlp.fc2", (width, 4 * width)
+        yield f"{layer}.layer_norm2", (width,)
+    yield "text_model.final_layer_norm", (width,)
     if plan.projection:
         yield "text_projection", (width, width)

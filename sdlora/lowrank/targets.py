@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -31,8 +32,8 @@ TARGETS: Mapping[str, Preset] = {
 }
 
 
-def modules_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every Linear and Conv2d by its path ("unet.mid_block...to_q"), in the model's order.
+def modules_of(components: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...] = WRAPPABLE) -> dict[str, Any]:
+    """Every Linear and Conv2d, or every module of the `kinds`, by its path ("unet.mid_block...to_q"), in their order.
 
     CLIP's paths keep the level text_model, as every LoRA file spells them, though transformers 5 has dropped it.
     """
@@ -40,7 +41,7 @@ def modules_of(components: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.
         f"{component}.{_dropped_level(root)}{name}": module
         for component, root in components.items()
         for name, module in root.named_modules()
-        if name and isinstance(module, WRAPPABLE)
+        if name and isinstance(module, kinds)
     }
 
 

@@ -7,9 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.formats.architectures import architecture_of, known, sd1, sdxl
+from sdlora.formats.architectures import architecture_of, has_bias, known, sd1, sdxl
 from sdlora.formats.names import kohya, readable
+from sdlora.lowrank.targets import modules_of
 from sdlora.models.families import components_of
+from sdlora.models.load import load_pipeline
 from tests.tiny import tiny_pipeline
 
 # unet/config.json of the released models, where it differs from diffusers' defaults.
@@ -36,6 +38,8 @@ OPENCLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers
 
 def real_components(name: str) -> dict[str, torch.nn.Module]:
     """The model's modules at full size, without memory for their weights."""
+    if name == "toybox":
+        return components_of(load_pipeline("toybox"))
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **UNETS[name])
         first = CLIPTextModel(CLIPTextConfig(**(OPENCLIP_H if name == "sd2" else CLIP_L)))
@@ -47,9 +51,13 @@ def real_components(name: str) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("architecture", known(), ids=lambda one: one.name)
 def test_paths_and_shapes_are_those_of_the_real_modules(architecture):
-    real = architecture_of(real_components(architecture.name))
+    components = real_components(architecture.name)
+    real = architecture_of(components)
     assert real.name == architecture.name
     assert real.shapes == architecture.shapes
+    assert real.norms == architecture.norms
+    biased = {path for path, module in modules_of(components).items() if module.bias is not None}
+    assert biased == {path for path in architecture.shapes if has_bias(path)}
 
 
 def test_counts_are_those_that_kohya_files_have():
@@ -57,7 +65,7 @@ def test_counts_are_those_that_kohya_files_have():
     count = {
         one.name: sum(path.startswith("unet.") and path.endswith(attention) for path in one.shapes) for one in known()
     }
-    assert count == {"sd1": 192, "sd2": 192, "sdxl": 722}
+    assert count == {"sd1": 192, "sd2": 192, "sdxl": 722, "toybox": 72}
     assert sum(path.startswith("text_encoder.") for path in sd1().shapes) == 72
 
 
