@@ -11,6 +11,8 @@ from dataclasses import fields, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from sdlora.errors import SdloraError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,11 +24,14 @@ Shape = tuple[int, ...]
 class Delta(Protocol):
     """A change to one parameter: a weight (out, in[, kh, kw]) or (width,) of a norm, or a bias (out,).
 
-    name: of the law, as receipts show it. linear: whether the change is the same whatever the base weight is.
+    linear: whether the change is the same whatever the base weight is.
     """
 
-    name: ClassVar[str]
     linear: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """Of the law, as receipts show it."""
 
     @property
     def rank(self) -> int | None:
@@ -79,6 +84,17 @@ def matches(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     if squeezed(shape) == squeezed(wanted):
         return True
     return len(shape) == 2 and len(wanted) > 2 and shape[0] == wanted[0] and shape[1] == prod(wanted[1:])
+
+
+def check_fit(delta: Delta, shape: Sequence[int]) -> None:
+    """Refuse a parameter that cannot take the change; before anything is multiplied, so that no factor costs much."""
+    if not delta.fits(shape):
+        raise SdloraError(f"a delta of shape {times(delta.shape)} does not fit a weight of shape {times(shape)}")
+
+
+def wide(factor: Tensor, base: Tensor) -> Tensor:
+    """A factor as it is computed with: in float32, beside the base."""
+    return factor.detach().to(base.device).float()
 
 
 def times(shape: Sequence[int]) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws.delta import Shape, matches, times
+from sdlora.lowrank.laws.delta import Shape, check_fit, matches, wide
+from sdlora.lowrank.laws.product import product, product_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +34,13 @@ class LowRank:
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        pointwise = len(up) == 2 or up[2:] == (1, 1)
-        if len(down) not in (2, 4) or not pointwise or up[1] != down[0] or down[0] == 0:
+        if product_shape(up, down) is None:
             raise SdloraError(
                 f"down {down} and up {up} are no low-rank pair; (rank, in[, kh, kw]) and (out, rank[, 1, 1]) are wanted"
             )
-        if self.mid is not None:
+        if self.mid is not None and product_shape(up, down, self.mid.shape) is None:
             mid = tuple(self.mid.shape)
-            if len(mid) != 4 or mid[:2] != (down[0], down[0]) or down[2:] not in ((), (1, 1)):
-                raise SdloraError(f"mid {mid} is no core for down {down}; (rank, rank, kh, kw) is wanted")
+            raise SdloraError(f"mid {mid} is no core for down {down}; (rank, rank, kh, kw) is wanted")
 
     @property
     def rank(self) -> int:
@@ -54,8 +53,8 @@ class LowRank:
     @property
     def shape(self) -> Shape:
         """Shape of the delta: (out, in) or (out, in, kh, kw)."""
-        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-        return (self.up.shape[0], self.down.shape[1], *kernel)
+        core = None if self.mid is None else self.mid.shape
+        return product_shape(self.up.shape, self.down.shape, core) or ()
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the delta can be added to a weight of this shape: (out, in) fits (out, in, 1, 1) and the reverse."""
@@ -63,16 +62,6 @@ class LowRank:
 
     def weight(self, base: Tensor) -> Tensor:
         """The delta in float32, in the shape of `base` and on its device."""
-        if not self.fits(base.shape):
-            raise SdloraError(
-                f"a delta of shape {times(self.shape)} does not fit a weight of shape {times(base.shape)}"
-            )
-        up_or = self.up.detach().to(base.device).float().flatten(1) * self.scale
-        down_ri = self.down.detach().to(base.device).float().flatten(1)
-        if self.mid is None:
-            return (up_or @ down_ri).reshape(base.shape)
-        mid = self.mid.detach().to(base.device).float()
-        rank, _, *kernel = mid.shape
-        # (out, m) @ (m, n kh kw) first, then n with down: two products, no einsum over five indices.
-        wide = (up_or @ mid.flatten(1)).reshape(-1, rank, kernel[0] * kernel[1])
-        return (down_ri.T @ wide).reshape(base.shape)
+        check_fit(self, base.shape)
+        mid = None if self.mid is None else wide(self.mid, base)
+        return product(wide(self.up, base) * self.scale, wide(self.down, base), mid).reshape(base.shape)
