@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws.delta import Shape, check_fit, matches, wide
+from sdlora.lowrank.laws.delta import Shape, check_fit, matches
 from sdlora.lowrank.laws.product import pair_product, pair_shape
 
 if TYPE_CHECKING:
