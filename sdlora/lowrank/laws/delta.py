@@ -39,7 +39,7 @@ class Delta(Protocol):
 
     @property
     def shape(self) -> Shape:
-        """The shape of the change as far as the factors tell it, for messages."""
+        """The shape of the change as far as the factors tell it, for messages; 1 stands where they tell nothing."""
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape can take the change."""
