@@ -282,11 +282,13 @@ def _refuse_odd_names(path: Path, raw: bytes, tensors: Mapping[str, Spec], metad
     told = raw.count(b'"data_offsets"') - sum(word in names for names in (tensors, metadata, metadata.values()))
     if told > len(tensors):
         raise SdloraError(f"{path} is damaged: its header tells {told - len(tensors)} tensors twice; save it again")
-    for name, (shape, _) in tensors.items():
-        if len(name) > LONGEST_NAME or BREAKS.search(name):
-            raise SdloraError(f"{path} is damaged: it has a tensor named {ascii(name[:40])}; save it again")
-        if len(shape) > MOST_AXES:
-            raise SdloraError(f"{path} is damaged: its tensor {name} has {len(shape)} axes; save it again")
+    odd = [name for name in tensors if len(name) > LONGEST_NAME or not name.isprintable() and BREAKS.search(name)]
+    if odd:
+        raise SdloraError(f"{path} is damaged: it has a tensor named {ascii(odd[0][:40])}; save it again")
+    deep = [name for name, spec in tensors.items() if len(spec.shape) > MOST_AXES]
+    if deep:
+        axes = len(tensors[deep[0]].shape)
+        raise SdloraError(f"{path} is damaged: its tensor {deep[0]} has {axes} axes; save it again")
 
 
 def _content(path: Path, state: _State, start: int) -> tuple[Tensor, Hashes]:
