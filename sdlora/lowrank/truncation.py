@@ -80,14 +80,24 @@ class Keep:
 class Kept:
     """What a module kept.
 
-    rank_before: the inner size of the law, None for laws and changes that have none. energy: the share of the squared Frobenius norm that the kept
-    singular values hold, 0 to 1. error: |kept - change| / |change| in the Frobenius norm, clamping included.
+    rank_before: the inner size of the law, None for laws and changes that have none. energy: the share of the squared
+    Frobenius norm that the kept singular values hold, 0 to 1. error: |kept - change| / |change| in the Frobenius norm,
+    clamping included.
     """
 
     rank_before: int | None
     rank: int
     energy: float
     error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of one parameter: its path, its new delta, and what that kept; kept is None for what has no ranks."""
+
+    path: str
+    delta: Delta
+    kept: Kept | None
 
 
 def decompose(
@@ -115,7 +125,7 @@ def decompose(
         up, down = _clamped(up, down, clamp)
     up, down = up.to(dtype or torch.float32), down.to(dtype or torch.float32)
     kept = Kept(None, vectors.shape[1], _energy(values, vectors.shape[1]), _error(matrix, up, down))
-    return _shaped(up, down, change.shape), kept
+    return shaped(up, down, change.shape), kept
 
 
 def truncate(delta: LowRank, keep: Keep) -> tuple[LowRank, Kept]:
@@ -160,6 +170,12 @@ def as_low_rank(delta: Delta, shape: Shape, keep: Keep, base: Tensor | None = No
     weight = linear_change(delta) if base is None else delta.weight(base)
     small, kept = decompose(weight.reshape(shape), keep)
     return small, Kept(delta.rank, kept.rank, kept.energy, kept.error)
+
+
+def shaped(up: Tensor, down: Tensor, shape: Sequence[int]) -> LowRank:
+    """up (out, rank) @ down (rank, in * kh * kw) as a delta of scale 1 for a weight of this shape."""
+    rank, ones = down.shape[0], (1,) * len(shape[2:])
+    return LowRank(down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *ones), float(rank))
 
 
 def _singular(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +228,7 @@ def _packed(
     up, down = (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
     energy = _energy(values, rank)
     lost = float(values[rank:].norm() / values.norm()) if energy < 1 else 0.0
-    return _shaped(up, down, shape), Kept(rank_before, rank, energy, lost)
+    return shaped(up, down, shape), Kept(rank_before, rank, energy, lost)
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,12 +241,6 @@ def _clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]
     sizes = torch.cat([up.flatten(), down.flatten()]).abs()
     bound = float(sizes.kthvalue(ceil(quantile * sizes.numel())).values)
     return up.clamp(-bound, bound), down.clamp(-bound, bound)
-
-
-def _shaped(up: Tensor, down: Tensor, shape: Sequence[int]) -> LowRank:
-    """The delta of scale 1 for a weight of this shape."""
-    rank, ones = down.shape[0], (1,) * len(shape[2:])
-    return LowRank(down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *ones), float(rank))
 
 
 def _reshaped(delta: LowRank, shape: Shape) -> LowRank:
