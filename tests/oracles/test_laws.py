@@ -4,6 +4,8 @@ LyCORIS' modules of LoHa and LoKr scale twice in `get_diff_weight`, so its funct
 A missing alpha is the rank; the readers say so.
 """
 
+from itertools import product
+
 import lycoris.functional.locon as locon
 import lycoris.functional.loha as loha
 import lycoris.functional.lokr as lokr
@@ -20,6 +22,7 @@ RANK = 3
 ALPHAS = [RANK, 1.0, 8.0]  # as where it is missing; below the rank; above it
 
 every_layer = pytest.mark.parametrize("kind", SHAPES)
+KERNELS = [kind for kind in SHAPES if kind != "linear"]  # where a core can be
 every_alpha = pytest.mark.parametrize("alpha", ALPHAS)
 
 
@@ -55,12 +58,9 @@ def _hadamard(kind: str, alpha: float, *, cores: bool) -> Hadamard:
     return Hadamard(*pairs, alpha, t1=draw(RANK, RANK, *kernel), t2=draw(RANK, RANK, *kernel, seed=1))
 
 
-@every_layer
 @every_alpha
-@pytest.mark.parametrize("cores", [False, True], ids=["plain", "tucker"])
+@pytest.mark.parametrize(("kind", "cores"), [*((kind, False) for kind in SHAPES), *((kind, True) for kind in KERNELS)])
 def test_loha_is_lycoris_loha(kind: str, alpha: float, cores: bool) -> None:
-    if cores and kind == "linear":
-        pytest.skip("a core has a kernel")
     delta = _hadamard(kind, alpha, cores=cores)
     weights = (delta.w1_b, delta.w1_a, delta.w2_b, delta.w2_a, delta.t1, delta.t2)
     wanted = loha.diff_weight(*weights, gamma=torch.tensor(alpha / RANK))
@@ -94,15 +94,14 @@ def _second(layout: str, kernel: tuple[int, ...]) -> dict[str, Tensor]:
     return {"w2_a": draw(out, RANK), "w2_b": draw(*shape)}
 
 
-@every_layer
 @every_alpha
 @pytest.mark.parametrize("first", ["whole", "pair"])
-@pytest.mark.parametrize("second", ["whole", "flat pair", "pair", "tucker"])
+@pytest.mark.parametrize(
+    ("kind", "second"),
+    [*product(SHAPES, ["whole", "flat pair", "pair"]), *product(KERNELS, ["tucker"])],
+)
 def test_lokr_is_lycoris_lokr(kind: str, alpha: float, first: str, second: str) -> None:
-    kernel = SHAPES[kind][2:]
-    if second == "tucker" and not kernel:
-        pytest.skip("a core has a kernel")
-    parts = _first(first) | _second(second, kernel)
+    parts = _first(first) | _second(second, SHAPES[kind][2:])
     weights = [parts.get(name) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")]
     both_whole = (first, second) == ("whole", "whole")
     # Not diff_weight, which finds the scale itself: round a core it takes the number of outputs for the rank.
