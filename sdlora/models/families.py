@@ -1,5 +1,6 @@
 """What differs between SD (1.x, 2.x, toybox) and SDXL: components, conditioning, and the call of the UNet."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,19 +55,34 @@ def truncated(pipeline: Any, caption: str) -> str:
     """The end of the caption that does not fit into the text encoder's window, or ""."""
     tokenizer = pipeline.tokenizer
     room = tokenizer.model_max_length - 2  # start and end token
-    tokens = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    (spelled,) = _spelled_out(pipeline, tokenizer, [caption])
+    tokens = tokenizer(spelled, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
 
-def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:
-    window = tokenizer.model_max_length
-    batch = tokenizer(list(captions), padding="max_length", truncation=True, max_length=window, return_tensors="pt")
-    return batch.input_ids.to(device)
+def _spelled_out(pipeline: Any, tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """The captions with a word for each vector of the learned tokens in them, as diffusers' own pipelines do it.
+
+    Those look for a token in small letters, as CLIP reads it, and miss one that a caption writes with capitals.
+    """
+    known = tokenizer.get_added_vocab()
+    for token in known:
+        if f"{token}_1" in known and token == token.lower():
+            found, small = re.compile(re.escape(token), re.IGNORECASE), token.replace("\\", r"\\")
+            captions = [found.sub(small, caption) for caption in captions]
+    return pipeline.maybe_convert_prompt(list(captions), tokenizer)
+
+
+def _tokens(pipeline: Any, captions: Sequence[str], suffix: str = "") -> Tensor:
+    """Token numbers (n, window) on the text encoder's device; suffix: "" or "_2"."""
+    tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
+    spelled, window = _spelled_out(pipeline, tokenizer, captions), tokenizer.model_max_length
+    batch = tokenizer(spelled, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
+    return batch.input_ids.to(encoder.device)
 
 
 def _encode_sd(pipeline: Any, captions: Sequence[str]) -> Conditioning:
-    encoder = pipeline.text_encoder
-    return {"encoder_hidden_states": encoder(_tokens(pipeline.tokenizer, captions, encoder.device))[0]}
+    return {"encoder_hidden_states": pipeline.text_encoder(_tokens(pipeline, captions))[0]}
 
 
 def _predict_sd(
@@ -80,8 +96,7 @@ def _encode_sdxl(pipeline: Any, captions: Sequence[str]) -> Conditioning:
     states, pooled = [], None
     for suffix in ("", "_2"):
         encoder = getattr(pipeline, f"text_encoder{suffix}")
-        tokens = _tokens(getattr(pipeline, f"tokenizer{suffix}"), captions, encoder.device)
-        output = encoder(tokens, output_hidden_states=True)
+        output = encoder(_tokens(pipeline, captions, suffix), output_hidden_states=True)
         states.append(output.hidden_states[-2])
         pooled = output[0]
     assert pooled is not None
