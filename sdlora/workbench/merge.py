@@ -1,0 +1,296 @@
+"""Merging: a base model with LoRAs worked into its weights, written tensor after tensor, the base left as it is."""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sdlora.errors import SdloraError, nearest
+from sdlora.formats.checkpoint_names import Place
+from sdlora.formats.checkpoints import Checkpoint
+from sdlora.formats.header import DTYPES, PICKLES, Spec
+from sdlora.formats.stream import replacing, write_stream
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import Delta
+from sdlora.lowrank.laws.delta import times
+
+Weight = float | Callable[[str], float]
+# Asked for by torch's dtype: as headers call it.
+WRITTEN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+WEIGHT_FILES = (".safetensors", ".msgpack", ".h5", ".onnx", *PICKLES)
+# What metadata says of the base's content alone.
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+RECORD = "sdlora.merged"
+
+
+@dataclass(frozen=True, eq=False)
+class Parent:
+    """An adapter to merge. weight: for all parameters, or for each by its path.
+
+    name and sha256, of its file, go into the metadata of what is made.
+    """
+
+    adapter: Adapter
+    weight: Weight = 1.0
+    name: str = "LoRA"
+    sha256: str = ""
+
+    def weight_of(self, path: str) -> float:
+        """The weight of one parameter; SdloraError where it is no finite number."""
+        weight = self.weight(path) if callable(self.weight) else self.weight
+        if not isfinite(weight):
+            raise SdloraError(f"{self.name}: the weight {weight} of {path} is no finite number")
+        return float(weight)
+
+
+class Progress(NamedTuple):
+    """done of total tensors are written, `key` is the last."""
+
+    done: int
+    total: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of a merge.
+
+    changed: paths of the parameters that differ from the base's. not_merged: learned tokens, which a model's weights
+    cannot take in. left_out: files of the base folder that hold its weights once more, unmerged, and were not copied.
+    averaged: tensors of the copy of the UNet that some single files keep under model_ema, carried over unmerged.
+    """
+
+    output: Path
+    changed: tuple[str, ...]
+    not_merged: tuple[str, ...]
+    left_out: tuple[str, ...]
+    averaged: int
+
+
+Terms = list[tuple[Delta, float]]
+Touched = Mapping[tuple[Path, str], list[tuple[str, Terms]]]  # by file and key: paths of parameters and their changes
+
+
+def merge(
+    base: Checkpoint,
+    parents: Sequence[Parent],
+    output: Path | str,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Generator[Progress, None, Merged]:
+    """Write the base with W = W0 + sum(weight * delta(W0)) in each touched parameter; yields after each tensor.
+
+    Computed in float32, in order of the parents' names, as the mixer does, and rounded once: to the base's dtype, or
+    to `dtype`, which then holds for the whole UNet and the text encoders. Everything else is carried over to the bit.
+    A folder becomes a folder, a single file a single file; `overwrite` lets it replace a file that is there.
+
+    SdloraError: a parent does not fit the base, a result is not finite, or the output is in the way or cannot be
+    written. Then, and when the generator is closed early, nothing is left behind.
+    """
+    output = Path(output)
+    _refuse_place(base, output, overwrite)
+    if dtype is not None and dtype not in WRITTEN:
+        raise SdloraError(f"models are written in {', '.join(str(one)[6:] for one in WRITTEN)}, not in {dtype}")
+    touched = _touched(base, sorted(parents, key=lambda parent: parent.name))
+    files = [file for file in base.files if dtype is not None or any(file == changed for changed, _ in touched)]
+    total = sum(len(base.files[file].tensors) for file in files)
+    done = 0
+    left_out: tuple[str, ...] = ()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as partial:
+            if not base.single:
+                left_out = _copy_rest(base, partial, files)
+            for file in files:
+                target = partial if base.single else partial / file.relative_to(base.path)
+                for key in _rewrite(base, file, target, touched, parents, dtype):
+                    done += 1
+                    yield Progress(done, total, key)
+            if dtype is not None and not base.single:
+                _correct_sizes(partial)
+    except OSError as error:
+        raise SdloraError(f"{output} cannot be written ({error.strerror or error}); name another place") from error
+    changed = tuple(path for parameters in touched.values() for path, _ in parameters)
+    tokens = tuple(dict.fromkeys(token for parent in parents for token in parent.adapter.embeddings))
+    averaged = sum(key.startswith("model_ema.") for header in base.files.values() for key in header.tensors)
+    return Merged(output, changed, tokens, left_out, averaged)
+
+
+def _refuse_place(base: Checkpoint, output: Path, overwrite: bool) -> None:
+    here, there = base.path.resolve(), output.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise SdloraError(f"{output} is where the base model lies, which is never changed; name another place")
+    if base.single:
+        if output.suffix.lower() != ".safetensors":
+            raise SdloraError(f"{output}: the base is a single file, and so is what is made of it; name a .safetensors")
+        if output.is_dir() or (output.exists() and not overwrite):
+            raise SdloraError(f"{output} is there already; name another file, or ask for it to be overwritten")
+    else:
+        if output.suffix.lower() == ".safetensors":
+            raise SdloraError(f"{output}: the base is a folder, and so is what is made of it; name a folder")
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise SdloraError(f"{output} is there already and not empty; name another folder")
+
+
+def _touched(base: Checkpoint, parents: Sequence[Parent]) -> Touched:
+    """What changes each tensor of the base's files; SdloraError where a parent does not belong to the base."""
+    terms: dict[str, Terms] = defaultdict(list)
+    for parent in parents:
+        weights = {path: parent.weight_of(path) for path in parent.adapter.deltas}
+        deltas = {path: delta for path, delta in parent.adapter.deltas.items() if weights[path]}
+        _refuse_absent(base, parent.name, deltas)
+        _refuse_misfits(base, parent.name, deltas)
+        for path, delta in deltas.items():
+            terms[path].append((delta, weights[path]))
+    if not terms:
+        raise SdloraError("nothing to merge: no LoRA changes anything at these weights")
+    touched: dict[tuple[Path, str], list[tuple[str, Terms]]] = defaultdict(list)
+    for path, changes in terms.items():
+        place = base.places[path]
+        if not _torch_dtype(base.files[place.file].tensors[place.key]).is_floating_point:
+            raise SdloraError(f"{base.path} is quantised in {path}; give the model in float16, bfloat16 or float32")
+        touched[place.file, place.key].append((path, changes))
+    return touched
+
+
+def _refuse_absent(base: Checkpoint, name: str, deltas: Mapping[str, Delta]) -> None:
+    absent = [path for path in deltas if path not in base.parameters]
+    biases = [path for path in absent if path.removesuffix(".bias") in base.parameters]
+    if biases:
+        raise SdloraError(
+            f"{name} adds a bias to {len(biases)} modules that have none in {base.path}, such as "
+            f"{biases[0].removesuffix('.bias')}, and its files cannot hold one there; give them the weight 0, or mix "
+            "the LoRA in when you generate"
+        )
+    if absent:
+        raise SdloraError(
+            f"{base.path} lacks {len(absent)} of what {name} changes, such as {absent[0]}"
+            f"{nearest(absent[0], base.parameters)}; merge it into the model that it was trained on"
+        )
+
+
+def _refuse_misfits(base: Checkpoint, name: str, deltas: Mapping[str, Delta]) -> None:
+    misfits = [path for path, delta in deltas.items() if not delta.fits(base.parameters[path])]
+    if misfits:
+        path = misfits[0]
+        raise SdloraError(
+            f"{name} does not fit {base.path} in {len(misfits)} places, such as {path} ({times(deltas[path].shape)}, "
+            f"the model's is {times(base.parameters[path])}); merge it into the model that it was trained on"
+        )
+
+
+def _rewrite(
+    base: Checkpoint,
+    file: Path,
+    target: Path,
+    touched: Touched,
+    parents: Sequence[Parent],
+    dtype: torch.dtype | None,
+) -> Generator[str, None, None]:
+    """Write one file of the base anew; yields the keys."""
+    places = {path: place for path, place in base.places.items() if place.file == file}
+    ours = {place.key for place in places.values()}
+    specs = base.files[file].tensors
+
+    def spec_of(key: str) -> Spec:
+        spec = specs[key]
+        asked = dtype is not None and key in ours and _torch_dtype(spec).is_floating_point
+        return Spec(spec.shape, WRITTEN[dtype]) if asked else spec  # type: ignore[index]
+
+    def tensor_of(key: str) -> Tensor:
+        whole = base.whole(file, key)
+        wanted = _torch_dtype(spec_of(key))
+        changes = [(path, places[path], terms) for path, terms in touched.get((file, key), ())]
+        if not changes and whole.dtype == wanted:
+            return whole
+        return _rounded(_changed(whole, changes), wanted, f"{key} of {file}")
+
+    yield from write_stream(target, {key: spec_of(key) for key in specs}, _metadata(file, parents), tensor_of)
+
+
+def _torch_dtype(spec: Spec) -> torch.dtype:
+    return getattr(torch, DTYPES[spec.dtype])
+
+
+def _changed(whole: Tensor, changes: Sequence[tuple[str, Place, Terms]]) -> Tensor:
+    """A tensor of the file in float32, with the changes to the parameters that lie in it."""
+    total = whole.float().clone()
+    for _, place, terms in changes:
+        untouched, parameter = place.view(whole), place.view(total)
+        for delta, weight in terms:
+            parameter += weight * delta.weight(untouched)
+    return total
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    rounded = exact.to(dtype)
+    if not torch.isfinite(rounded.float()).all():
+        raise SdloraError(
+            f"{where} would not be finite in {str(dtype)[6:]}; use smaller weights, or ask for float32 or bfloat16"
+        )
+    return rounded
+
+
+def _metadata(file: Path, parents: Sequence[Parent]) -> dict[str, str]:
+    """What the file's metadata said, less what is no longer true, and what went into the merge."""
+    with safe_open(file, framework="pt") as opened:
+        told = {name: text for name, text in (opened.metadata() or {}).items() if name not in HASHES}
+    try:
+        earlier = list(json.loads(told.get(RECORD, "[]")))
+    except (ValueError, TypeError, RecursionError):
+        earlier = []
+    record = [{"name": one.name, "sha256": one.sha256, "weights": _weights(one)} for one in parents]
+    return {"format": "pt", **told, RECORD: json.dumps([*earlier, *record], ensure_ascii=False)}
+
+
+def _weights(parent: Parent) -> dict[str, float]:
+    """By component; or by parameter, in a component of which the parameters have several weights."""
+    weights = {path: parent.weight_of(path) for path in parent.adapter.deltas}
+    by_component: dict[str, dict[str, float]] = defaultdict(dict)
+    for path, weight in weights.items():
+        by_component[path.partition(".")[0]][path] = weight
+    told: dict[str, float] = {}
+    for component, inner in by_component.items():
+        values = set(inner.values())
+        told |= {component: values.pop()} if len(values) == 1 else inner
+    return told
+
+
+def _copy_rest(base: Checkpoint, target: Path, rewritten: Sequence[Path]) -> tuple[str, ...]:
+    """Copy the base's folder without the files that are written anew; returns what else was left out: see Merged."""
+    folders = {base.path, *(file.parent for file in rewritten)}
+    left_out = [
+        file
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.suffix in WEIGHT_FILES and file not in base.files and file.is_file()
+    ]
+    names: dict[str, set[str]] = defaultdict(set)
+    for file in (*rewritten, *left_out):
+        names[str(file.parent)].add(file.name)
+    shutil.copytree(base.path, target, ignore=lambda folder, _: names[folder])
+    return tuple(str(file.relative_to(base.path)) for file in left_out)
+
+
+def _correct_sizes(folder: Path) -> None:
+    """The indices of shards tell their size together; another dtype changes it."""
+    for index in folder.glob("*/*.safetensors.index*.json"):
+        told = json.loads(index.read_text("utf-8"))
+        shards = {index.parent / name for name in told["weight_map"].values()}
+        if isinstance(told.get("metadata"), dict) and "total_size" in told["metadata"]:
+            told["metadata"]["total_size"] = sum(_content(shard) for shard in shards)
+            index.write_text(json.dumps(told, indent=2), "utf-8")
+
+
+def _content(file: Path) -> int:
+    """Bytes of the tensors alone."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
