@@ -4,25 +4,47 @@ Each path is spelled forward in every naming; files are read by the inverse dict
 names apart: "to_out_0" and "down_blocks" cannot be told into dots without knowing the model.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count
 
-NAMINGS = ("kohya", "diffusers")
+NAMINGS = ("kohya", "diffusers", "peft", "comfyui")
 
 _RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
 _ENDS = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+# What stands before a module's dotted name. "unet/" is no file's spelling but ours, for a file about one component.
+_UNET_PREFIXES = ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.")
+_UNET_PREFIXES += ("model.diffusion_model.", "unet/", "unet/base_model.model.")
+_ENCODER_PREFIXES = {
+    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.")
+    + ("text_encoders.clip_h.transformer.", "clip_h.", "text_encoder/", "text_encoder/base_model.model."),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.transformer.", "clip_g.")
+    + ("text_encoder_2/", "text_encoder_2/base_model.model."),
+}
+# A name of these prefixes does not say which text encoder it means; the shapes do, or the folder that it lies in.
+_ANY_ENCODER_PREFIXES = ("", "base_model.model.", "lycoris.")
+# The same for names with underscores. lora_te and lora_te1 are found on models with one text encoder, and with two.
+_FLAT_PREFIXES = {
+    "unet": ("lora_unet_", "lycoris_", "lycoris_unet_", "oft_unet_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_text_encoder_"),
+    "text_encoder_2": ("lora_te2_", "lycoris_text_encoder_2_"),
+}
+_OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 def kohya(paths: Iterable[str], two_encoders: bool = False) -> dict[str, str]:
@@ -32,43 +54,85 @@ def kohya(paths: Iterable[str], two_encoders: bool = False) -> dict[str, str]:
     """
     paths = tuple(paths)
     two = two_encoders or any(path.startswith("text_encoder_2.") for path in paths)
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te", "text_encoder_2": "lora_te2"}
-    return {path: _flat(prefixes, path) for path in paths}
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    return {path: prefixes[component] + _flat(inner) for path, component, inner in _split(paths)}
 
 
-def readable(paths: Iterable[str]) -> dict[str, str]:
-    """Every name that a file may have for the paths, and the path it stands for.
-
-    kohya's names, with diffusers' blocks or with those of the original code (sd-scripts trains SDXL so), and
-    diffusers' names, with and without the level text_model, which transformers 5 has dropped.
-    """
+def comfyui(paths: Iterable[str]) -> dict[str, str]:
+    """ComfyUI's name of each path: its text encoders, and the UNet's modules as the original code calls them."""
     paths = tuple(paths)
-    original = {f"unet.{name}": path for name, path in _original_unet(paths)}
-    names = {path: path for path in paths}
-    names |= {path.replace(".text_model.", ".", 1): path for path in paths}
-    for text_encoder in ("lora_te", "lora_te1"):  # either is found on models with one text encoder, and with two
-        prefixes = {"unet": "lora_unet", "text_encoder": text_encoder, "text_encoder_2": "lora_te2"}
-        names |= {_flat(prefixes, name): path for name, path in (names | original).items() if "." in name}
-    return names
+    original = original_unet(paths)
+    prefixes = {name: _ENCODER_PREFIXES[name][1] for name in _ENCODER_PREFIXES}
+    return {
+        path: f"diffusion_model.{original[path]}" if component == "unet" else prefixes[component] + inner
+        for path, component, inner in _split(paths)
+    }
 
 
-def _flat(prefixes: dict[str, str], path: str) -> str:
-    component, _, inner = path.partition(".")
-    return f"{prefixes[component]}_{inner.replace('.', '_')}"
+def readable(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Every name that a file may have for the paths, and the paths that it can stand for: mostly one.
+
+    paths: of all weights that a LoRA can change, norms included.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    paths = tuple(paths)
+    original = original_unet(paths)
+    for path, component, inner in _split(paths):
+        if component == "unet":
+            spelled = _spelled_unet(inner, original.get(path))
+        else:
+            spelled = _spelled_encoder(component, inner)
+        for name in spelled:
+            if path not in names[name]:
+                names[name].append(path)
+    return {name: tuple(found) for name, found in names.items()}
 
 
-def _original_unet(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name, path) for each module of the UNet, with the names of the original code (ldm, sgm)."""
+def original_unet(paths: Iterable[str]) -> dict[str, str]:
+    """The name that the original code (ldm, sgm) has for each module of the UNet; paths are led by "unet."."""
     inner = [path.removeprefix("unet.") for path in paths if path.startswith("unet.")]
     names = _ENDS | dict(_original_blocks(inner))
+    found = {}
     for path in inner:
         parts = path.split(".")
         depth = 3 if parts[0] == "mid_block" else 4
         block, leaf = ".".join(parts[:depth]), ".".join(parts[depth:])
         if path in names:
-            yield names[path], f"unet.{path}"
+            found[f"unet.{path}"] = names[path]
         elif block in names:
-            yield f"{names[block]}.{_RESNET.get(leaf, leaf)}", f"unet.{path}"
+            found[f"unet.{path}"] = f"{names[block]}.{_RESNET.get(leaf, leaf)}"
+    return found
+
+
+def _split(paths: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(path, component, path within it)."""
+    for path in paths:
+        component, _, inner = path.partition(".")
+        yield path, component, inner
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _spelled_unet(inner: str, original: str | None) -> Iterator[str]:
+    for name in (inner, original):
+        if name:
+            yield from (prefix + name for prefix in _UNET_PREFIXES)
+            yield from (prefix + _flat(name) for prefix in _FLAT_PREFIXES["unet"])
+    block, _, leaf = inner.removesuffix(".0").rpartition(".")
+    if block.endswith((".attn1", ".attn2")):  # diffusers before 0.21 had processors; of to_out they dropped the number
+        yield from (f"{prefix}{block}.processor.{leaf}" for prefix in _UNET_PREFIXES[:2])
+
+
+def _spelled_encoder(component: str, inner: str) -> Iterator[str]:
+    """With and without the level text_model, which transformers 5 has dropped."""
+    for name in dict.fromkeys((inner, inner.removeprefix("text_model."))):
+        yield from (prefix + name for prefix in (*_ENCODER_PREFIXES[component], *_ANY_ENCODER_PREFIXES))
+        yield from (prefix + _flat(name) for prefix in (*_FLAT_PREFIXES[component], "lycoris_"))
+        block, _, leaf = name.rpartition(".")
+        if leaf in _OLD_ATTENTION:
+            yield f"{component}.{block}.{_OLD_ATTENTION[leaf]}"
 
 
 def _original_blocks(inner: Iterable[str]) -> Iterator[tuple[str, str]]:

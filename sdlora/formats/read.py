@@ -1,233 +1,323 @@
-"""Reading LoRA files: kohya's and diffusers' names, decided key by key, nothing dropped in silence."""
+"""Reading LoRA files of every kind: decided key by key, with a receipt, nothing dropped in silence.
+
+`describe` looks at headers only and needs no torch; `read` makes the adapter.
+"""
+
+from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import SdloraError
-from sdlora.formats.architectures import ENDS, Architecture, known
-from sdlora.formats.metadata import trigger_words
-from sdlora.formats.names import readable
-from sdlora.formats.receipt import Receipt
+from sdlora.formats.architectures import ENDS, Architecture, has_bias, known, sd1, sd2
+from sdlora.formats.foreign import foreign_kind
+from sdlora.formats.header import Header, Spec, read_header, read_tensors
+from sdlora.formats.metadata import base_model, trigger_words
+from sdlora.formats.ordered import is_ordered, ordered_names
+from sdlora.formats.parts import NUMBERS, build
+from sdlora.formats.peft_config import PeftConfig, by_component
+from sdlora.formats.plan import Contents, Fit, Keys, Verdict, contents, deltas_of, fit, fits, verdict
+from sdlora.formats.receipt import Applied, Receipt
+from sdlora.formats.sources import Source, sources_of
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.laws import LowRank
+from sdlora.lowrank.laws import IA3, Delta
 
-# How keys end, and the factor they hold then.
-SUFFIXES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-}
-Factors = dict[str, str]  # of one module: "down", "up", "alpha" -> key in the file
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def read(path: Path | str, architecture: Architecture) -> tuple[Adapter, Receipt]:
-    """Read a LoRA file as an adapter for a model of the architecture, with a receipt of what applies and what does not.
-
-    SdloraError: the file cannot be read, is cut short or damaged, is no LoRA, or is one for another architecture.
-    """
-    path = Path(path)
-    tensors, metadata, sha256 = _open(path)
-    modules, foreign = _grouped(tensors)
-    if not modules and not foreign:
-        raise SdloraError(f"{path} is empty: it holds no tensors; fetch or train it again")
-    fit = _fit(modules, tensors, architecture)
-    _refuse_other_architecture(path, fit, modules, tensors, architecture, foreign)
-    if fit.twice:
-        raise SdloraError(f"{path} tells {len(fit.twice)} modules twice, such as {fit.twice[0]}; delete one of the two")
-    alphas = _Alphas(path, metadata)
-    deltas = {module: _delta(path, module, factors, tensors, alphas) for module, factors in fit.applied.items()}
-    receipt = Receipt(
-        path=path,
-        sha256=sha256,
-        applied={module: delta.rank for module, delta in deltas.items()},
-        unknown=tuple(sorted((*foreign, *fit.unknown))),
-        misfit=tuple(fit.misfit.values()),
-        trigger_words=trigger_words(metadata),
-    )
-    return Adapter(deltas, metadata), receipt
-
-
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Tensors, metadata and the hash of the whole file."""
-    if path.suffix.lower() != ".safetensors":
-        raise SdloraError(f"{path} is no .safetensors file; LoRAs are read in that form only")
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        with safe_open(path, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {}), sha256
-    except OSError as error:
-        raise SdloraError(f"LoRA {path} cannot be read ({error.strerror or error}); check the path") from error
-    except SafetensorError as error:
-        raise SdloraError(f"{path} is damaged or cut short ({error}); fetch or save it again") from error
-
-
-def _grouped(keys: Iterable[str]) -> tuple[dict[str, Factors], list[str]]:
-    """The factors by the file's own name of their module, and the keys that mean something else.
-
-    A module of which any key is foreign (a DoRA magnitude, a Tucker core) is foreign as a whole: applied without it,
-    it would be another change than the one that was trained.
-    """
-    modules: dict[str, Factors] = defaultdict(dict)
-    foreign = []
-    for key in sorted(keys):
-        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
-        stem = key.removesuffix(suffix or "")
-        if suffix is None or SUFFIXES[suffix] in modules[stem]:
-            foreign.append(key)
-        else:
-            modules[stem][SUFFIXES[suffix]] = key
-    for key in tuple(foreign):
-        for dot in (match.start() for match in re.finditer(r"\.", key)):
-            foreign += modules.pop(key[:dot], {}).values()
-    return {stem: factors for stem, factors in modules.items() if factors}, foreign
+ENOUGH = 0.95  # share of a file's modules that must fit a model
+LARGEST_ALPHA = 1e6
+TEXT_ENCODER_WIDTH = "{}.text_model.final_layer_norm"
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """How a file's modules fit an architecture.
+class _Opened:
+    """A LoRA whose headers are read. A key of a file about one component is led by it: "unet/..."."""
 
-    applied: their factors by path; unknown: keys; misfit: a line by path; twice: pairs of names that mean one module.
+    path: Path
+    sources: tuple[Source, ...]
+    headers: tuple[Header, ...]
+    found: Contents
+    metadata: Mapping[str, str]
+    configs: Mapping[str, PeftConfig]  # by component; "" for all
+
+    def config(self, path: str) -> PeftConfig | None:
+        return self.configs.get(path.partition(".")[0], self.configs.get(""))
+
+
+def describe(path: Path | str) -> Receipt:
+    """What a LoRA is, from its header alone: no hashes, no alphas, and whether its numbers are finite is not known.
+
+    SdloraError: it cannot be read, is damaged, or is something else than a LoRA for a known architecture.
     """
-
-    applied: Mapping[str, Factors]
-    unknown: tuple[str, ...]
-    misfit: Mapping[str, str]
-    twice: tuple[str, ...]
-
-    @property
-    def inner(self) -> int:
-        """How many modules apply of those that tell architectures apart."""
-        return len(self.applied.keys() - ENDS)
+    opened = _open(Path(path))
+    candidates = fits(opened.found)
+    best = candidates[0] if candidates[0].inner else None
+    return _receipt(opened, best, verdict(opened.found, candidates, opened.metadata))
 
 
-def _fit(modules: Mapping[str, Factors], tensors: Mapping[str, Tensor], architecture: Architecture) -> _Fit:
-    names = readable(architecture.shapes)
-    applied: dict[str, Factors] = {}
-    stems: dict[str, str] = {}
-    unknown: list[str] = []
-    misfit: dict[str, str] = {}
-    twice: list[str] = []
-    for stem, factors in modules.items():
-        path = names.get(stem)
-        if path is None or not {"down", "up"} <= factors.keys():
-            unknown += factors.values()
-            continue
-        if path in stems:
-            twice.append(f"{stems[path]} and {stem}")
-            continue
-        stems[path] = stem
-        shape = _shape(tensors[factors["down"]], tensors[factors["up"]])
-        wanted = architecture.shapes[path]
-        if _squeezed(shape) == _squeezed(wanted):
-            applied[path] = factors
-        else:
-            misfit[path] = f"{stem} ({_times(shape)}, the model's is {_times(wanted)})"
-    return _Fit(applied, tuple(unknown), misfit, tuple(twice))
+def read(path: Path | str, architecture: Architecture | None = None, partial: bool = False) -> tuple[Adapter, Receipt]:
+    """Read a LoRA as an adapter for a model of the architecture, with a receipt of what applies and what does not.
 
-
-def _refuse_other_architecture(
-    path: Path,
-    fit: _Fit,
-    modules: Mapping[str, Factors],
-    tensors: Mapping[str, Tensor],
-    architecture: Architecture,
-    foreign: list[str],
-) -> None:
-    """A file of which more fits another architecture, or of which many shapes or all names are wrong, is for that one.
-
-    A few wrong shapes among many right ones are a matter for the receipt.
+    path: a file, or a folder (see `sources_of`). architecture: None for the one that the file was made for.
+    partial: take what fits of a file that is for another architecture, too.
+    SdloraError: the file cannot be read, is cut short or damaged, is no LoRA, or is one for another architecture.
     """
-    if modules and len(fit.applied) == len(modules):
-        return
-    others = {other: _fit(modules, tensors, other).inner for other in known() if other.name != architecture.name}
-    best = max(others, key=others.__getitem__)
-    if others[best] > fit.inner:
-        raise SdloraError(
-            f"{path} is a LoRA for {best.label} ({others[best]} of its {len(modules)} modules fit that, "
-            f"{fit.inner} fit the model, which is {architecture.label}); choose a model that it was trained on"
-        )
-    wrong = fit.misfit.keys() - ENDS
-    if len(wrong) > 0.05 * (fit.inner + len(wrong)):
-        raise SdloraError(
-            f"{path} was trained on another model: {len(wrong)} of its {len(modules)} modules have other shapes, "
-            f"such as {fit.misfit[min(wrong)]}; choose that model"
-        )
-    if not fit.applied:
-        keys = sorted((*foreign, *fit.unknown))
-        raise SdloraError(
-            f"{path} holds nothing that can be applied as a LoRA: {len(keys)} keys such as {', '.join(keys[:2])}; "
-            "plain LoRAs with kohya's or diffusers' names can be read"
-        )
+    opened = _open(Path(path))
+    candidates = fits(opened.found)
+    judged = verdict(opened.found, candidates, opened.metadata)
+    if architecture is None:
+        if not judged.names:
+            raise SdloraError(f"{path} fits no known architecture ({_example(opened)}); give the model it was made for")
+        architecture = next(one for one in known() if one.name == judged.names[0])
+    chosen = fit(opened.found, architecture)
+    _refuse_conflicts(opened, chosen)
+    why = _misplaced(opened, chosen, judged, candidates)
+    if why and not (partial and chosen.applied):
+        raise SdloraError(f"{path} {why}")
+    tensors, sha256, autov3 = _load(opened)
+    deltas = _deltas(opened, chosen, tensors)
+    embeddings, odd = _embeddings(opened, architecture, tensors)
+    receipt = _receipt(opened, chosen, judged)
+    alphas = {parameter: getattr(getattr(delta, "inner", delta), "alpha", None) for parameter, delta in deltas.items()}
+    receipt = replace(
+        receipt,
+        sha256=sha256,
+        autov3=autov3,
+        finite=True,
+        applied={name: Applied(delta.name, delta.rank, alphas[name]) for name, delta in deltas.items()},
+        misfit=(*receipt.misfit, *odd),
+        notes=(*receipt.notes, *_notes(alphas, why, chosen, opened)),
+    )
+    return Adapter(deltas, opened.metadata, embeddings), receipt
 
 
-class _Alphas:
-    """The alphas that newer diffusers files carry in their metadata, as a peft config by component."""
+def _open(path: Path) -> _Opened:
+    sources = sources_of(path)
+    headers = tuple(read_header(source.path) for source in sources)
+    tensors: dict[str, Spec] = {}
+    for source, header in zip(sources, headers, strict=True):
+        if not header.tensors:
+            raise SdloraError(f"{source.path} is empty: it holds no tensors; fetch or train it again")
+        foreign = foreign_kind(header.tensors, header.metadata)
+        if foreign:
+            raise SdloraError(f"{source.path} is {foreign.what}; {foreign.advice}")
+        tensors |= {_led(source, key): spec for key, spec in header.tensors.items()}
+    metadata = headers[0].metadata
+    configs = {source.component or "": source.config for source in sources if source.config}
+    found = _ordered(path, tensors, metadata) if is_ordered(tensors) else contents(tensors)
+    if not (found.modules or found.tokens):
+        keys = sorted([*found.other, *(key for line in found.broken for key in [line])])
+        raise SdloraError(
+            f"{path} holds nothing that can be applied as a LoRA: {len(tensors)} keys such as {', '.join(keys[:2])}; "
+            "check that it is a LoRA for Stable Diffusion, and whole"
+        )
+    return _Opened(path, sources, headers, found, metadata, configs or by_component(metadata))
 
-    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+
+def _led(source: Source, key: str) -> str:
+    return f"{source.component}/{key}" if source.component else key
+
+
+def _ordered(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Contents:
+    """The contents of an ordered list, whose pairs are named by their place in a model."""
+    shapes = {key: spec.shape for key, spec in tensors.items()}
+    problem: SdloraError | None = None
+    for architecture in (sd1(), sd2()):
         try:
-            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            self._usual = {key.rpartition(".")[0]: float(v) for key, v in config.items() if key.endswith(".lora_alpha")}
-            self._special = {
-                key.rpartition(".")[0]: {end: float(alpha) for end, alpha in (v or {}).items()}
-                for key, v in config.items()
-                if key.endswith(".alpha_pattern")
-            }
-            self._root = {key.rpartition(".")[0] for key, v in config.items() if key.endswith(".use_rslora") and v}
-        except (ValueError, AttributeError, TypeError, RecursionError, OverflowError) as error:
-            raise SdloraError(f"{path} has damaged lora_adapter_metadata ({error}); save it again") from error
-
-    def of(self, module: str, rank: int) -> float:
-        """The alpha of a module; rank, so that the scale is 1, where the file does not say."""
-        component = module.partition(".")[0]
-        ends = {end.lstrip("^"): alpha for end, alpha in self._special.get(component, {}).items()}
-        special = (alpha for end, alpha in ends.items() if module.endswith("." + end))
-        alpha = next(special, self._usual.get(component, float(rank)))
-        return alpha * rank**0.5 if component in self._root else alpha  # rsLoRA (arXiv:2312.03732): alpha / sqrt(rank)
+            placed = ordered_names(shapes, metadata, architecture.shapes)
+        except SdloraError as error:
+            problem = problem or error
+            continue
+        modules = {module: {"up": up, "down": down} for module, (up, down) in placed.pairs.items()}
+        layouts = {
+            module: tuple(sorted((part, shapes[key]) for part, key in keys.items())) for module, keys in modules.items()
+        }
+        broken = {module: why for module, layout in layouts.items() if isinstance(why := deltas_of(layout), str)}
+        tokens = {token: {"text_encoder": key} for token, key in placed.tokens.items()}
+        whole = {module: keys for module, keys in modules.items() if module not in broken}
+        return Contents(whole, layouts, broken, (), tokens, ())
+    raise SdloraError(f"{path}: {problem}") from problem
 
 
-def _delta(path: Path, module: str, factors: Factors, tensors: Mapping[str, Tensor], alphas: _Alphas) -> LowRank:
-    down, up = tensors[factors["down"]], tensors[factors["up"]]
-    if "alpha" not in factors:
-        alpha = alphas.of(module, down.shape[0])
-    elif tensors[factors["alpha"]].numel() == 1:
-        alpha = tensors[factors["alpha"]].item()
-    else:
-        raise SdloraError(f"{path}: {factors['alpha']} is no single number; the file is damaged")
-    odd = [str(factor.dtype)[6:] for factor in (down, up) if not factor.is_floating_point()]
-    if odd:
-        raise SdloraError(f"{path}: {module} holds {odd[0]} where numbers with a fraction belong")
-    if not all(torch.isfinite(factor.float()).all() for factor in (down, up, torch.tensor(alpha))):
-        raise SdloraError(f"{path}: {module} holds numbers that are nan or infinite; use an earlier checkpoint")
-    try:
-        return LowRank(down, up, float(alpha))
-    except SdloraError as error:
-        raise SdloraError(f"{path}: {module}: {error}") from error
+def _refuse_conflicts(opened: _Opened, chosen: Fit) -> None:
+    twice = (*opened.found.twice, *chosen.twice)
+    if twice:
+        raise SdloraError(f"{opened.path} tells {len(twice)} modules twice, such as {twice[0]}; delete one of the two")
+    laws = [f"{stem} {why}" for stem, why in opened.found.broken.items() if why.startswith("has parts of")]
+    if laws:
+        raise SdloraError(f"{opened.path}: {laws[0]}; delete the parts of one of the laws")
 
 
-def _shape(down: Tensor, up: Tensor) -> tuple[int, ...]:
-    """Of the delta that the factors make."""
-    return (*up.shape[:1], *down.shape[1:])
+def _misplaced(opened: _Opened, chosen: Fit, judged: Verdict, candidates: list[Fit]) -> str | None:
+    """Why a file is not for the model: more of it fits another architecture, or much of it does not fit this one."""
+    modules = len(opened.found.modules)
+    name = chosen.architecture.name
+    if modules and chosen.complete and not opened.found.broken and (name in judged.names or name == "custom"):
+        return None
+    best = candidates[0]
+    if best.inner > chosen.inner or (judged.names and name not in judged.names and best.inner == chosen.inner):
+        label = best.architecture.label if best.architecture.name in judged.names else "another model"
+        label = next((one.label for one in known() if one.name in judged.names), label)
+        evidence = f"; {', '.join(judged.evidence)}" if judged.evidence else ""
+        return (
+            f"is a LoRA for {label} ({best.inner} of its {modules} modules fit that, "
+            f"{chosen.inner} fit the model, which is {chosen.architecture.label}{evidence}); "
+            "choose a model that it was trained on"
+        )
+    wrong = sorted(chosen.misfit.keys() - ENDS)
+    if len(wrong) > (1 - ENOUGH) * (chosen.inner + len(wrong)):
+        return (
+            f"was trained on another model: {len(wrong)} of its {modules} modules have other shapes, "
+            f"such as {chosen.misfit[wrong[0]]}; choose that model"
+        )
+    return _too_little(opened, chosen)
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Pointwise convolutions and linear layers are the same: (o, i, 1, 1) is (o, i)."""
-    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+def _too_little(opened: _Opened, chosen: Fit) -> str | None:
+    broken = [f"{stem} {why}" for stem, why in opened.found.broken.items()]
+    total = len(opened.found.modules) + len(broken)
+    left = total - len(chosen.applied) - len(chosen.misfit)
+    if total and not chosen.applied or left > (1 - ENOUGH) * total:
+        examples = [*broken, *(f"{stem} is no module of the model" for stem in chosen.unknown)]
+        return f"can only be applied in part: {left} of its {total} modules cannot, such as {examples[0]}; " + (
+            "save it again, or take what fits with --partial"
+        )
+    return None
 
 
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+def _example(opened: _Opened) -> str:
+    stems = [*opened.found.modules, *opened.found.tokens]
+    return f"its first module is {stems[0]}"
+
+
+def _load(opened: _Opened) -> tuple[dict[str, Tensor], str, str]:
+    """All tensors, and the hashes; those of a folder are the hashes of its files' hashes."""
+    tensors: dict[str, Tensor] = {}
+    hashes = []
+    for source in opened.sources:
+        held, digests = read_tensors(source.path)
+        tensors |= {_led(source, key): tensor for key, tensor in held.items()}
+        hashes.append(digests)
+    if len(hashes) == 1:
+        return tensors, hashes[0].sha256, hashes[0].autov3
+    joined = ("".join(getattr(one, name) for one in hashes).encode() for name in ("sha256", "autov3"))
+    whole, body = (hashlib.sha256(text).hexdigest() for text in joined)
+    return tensors, whole, body
+
+
+def _deltas(opened: _Opened, chosen: Fit, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    deltas = {}
+    for path, stem in chosen.applied.items():
+        try:
+            for which, delta in _module(opened, path, opened.found.modules[stem], tensors).items():
+                deltas[path + which] = delta
+        except SdloraError as error:
+            raise SdloraError(f"{opened.path}: {stem}: {error}") from error
+    return deltas
+
+
+def _module(opened: _Opened, path: str, keys: Keys, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    config = opened.config(path)
+    parts: dict[str, Any] = {}
+    for part, key in keys.items():
+        value = tensors[key]
+        parts[part] = _number(key, value) if part in NUMBERS else _checked(key, value)
+    alpha, scale = parts.pop("alpha", None), parts.pop("scale", None)
+    unscaled = build(parts, None).get("")
+    rank = unscaled.rank if unscaled else None
+    if rank is not None and scale is not None:
+        alpha = scale * rank  # "scale" overrides alpha / rank, as in A1111
+    elif rank is not None and alpha is None and config:
+        alpha = config.alpha_of(path.partition(".")[2], rank)
+    if alpha is not None and abs(alpha) > LARGEST_ALPHA:
+        raise SdloraError(f"alpha is {alpha:g}, which no training gives; the file is damaged")
+    if config and config.kind == "LOKR" and rank is None and "lokr_w1" in parts:
+        # PEFT scales whole factors too.
+        whole = config.rank or 1
+        parts["lokr_w1"] = parts["lokr_w1"].float() * (config.alpha_of(path.partition(".")[2], whole) / whole)
+    deltas = build(parts, alpha)
+    law = deltas.get("")
+    if "ia3_l" in parts and isinstance(law, IA3) and not law.on_input and has_bias(path):
+        deltas[".bias"] = law  # PEFT scales what the layer gives, bias and all
+    return deltas
+
+
+def _number(key: str, value: Tensor) -> float:
+    if value.numel() != 1:
+        raise SdloraError(f"{key} is no single number; the file is damaged")
+    number = float(value.item())
+    if not isfinite(number):
+        raise SdloraError(f"{key} is {number}, nan or infinite; use an earlier checkpoint")
+    return number
+
+
+def _checked(key: str, value: Tensor) -> Tensor:
+    import torch
+
+    if not value.is_floating_point():
+        raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where numbers with a fraction belong; save it again")
+    if value.numel():
+        low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
+        if not (isfinite(low.item()) and isfinite(high.item())):
+            raise SdloraError(f"{key} holds numbers that are nan or infinite; use an earlier checkpoint")
+    return value
+
+
+def _embeddings(
+    opened: _Opened, architecture: Architecture, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Learned tokens by text encoder, (n, width) each, and a line for each that does not fit."""
+    found: dict[str, dict[str, Tensor]] = {}
+    odd = []
+    for token, keys in opened.found.tokens.items():
+        for component, key in keys.items():
+            width = architecture.norms.get(TEXT_ENCODER_WIDTH.format(component), (0,))[0]
+            vectors = _checked(key, tensors[key])
+            if vectors.dim() in (1, 2) and vectors.shape[-1] == width:
+                found.setdefault(token, {})[component] = vectors.reshape(-1, width)
+            else:
+                odd.append(f"token {token} ({key} has {vectors.shape[-1]} numbers, the model's {component} {width})")
+    return found, odd
+
+
+def _receipt(opened: _Opened, chosen: Fit | None, judged: Verdict) -> Receipt:
+    """The receipt as far as the header tells it."""
+    found = opened.found
+    applied, stems, misfit = {}, set(found.modules), ()
+    if chosen:
+        stems, misfit = set(chosen.unknown), tuple(chosen.misfit.values())
+        for path, stem in chosen.applied.items():
+            readings = deltas_of(found.layouts[stem])
+            assert not isinstance(readings, str)
+            applied |= {path + which: Applied(one.name, one.rank, None) for which, one in readings[0].items()}
+    return Receipt(
+        path=opened.path,
+        size=sum(header.size for header in opened.headers),
+        made_for=judged.names,
+        evidence=judged.evidence,
+        applied=applied,
+        unknown=tuple(sorted((*found.other, *(key for stem in stems for key in found.modules[stem].values())))),
+        incomplete=tuple(f"{stem} {why}" for stem, why in sorted(found.broken.items())),
+        misfit=misfit,
+        tokens=tuple(found.tokens),
+        dtypes=tuple(sorted({spec.dtype for header in opened.headers for spec in header.tensors.values()})),
+        trigger_words=trigger_words(opened.metadata),
+        base_model=base_model(opened.metadata),
+        notes=tuple(f"{name} in the metadata is cut, it is too long" for header in opened.headers for name in header.cut),
+        metadata=opened.metadata,
+    )
+
+
+def _notes(alphas: Mapping[str, float | None], why: str | None, chosen: Fit, opened: _Opened) -> list[str]:
+    lines = []
+    if why:
+        lines.append(f"in part as asked: {len(chosen.applied)} of {len(opened.found.modules)} modules, though it {why}")
+    zero = [path for path, alpha in alphas.items() if alpha == 0]
+    if zero:
+        lines.append(f"alpha is 0 in {len(zero)} modules such as {zero[0]}: they have no effect; train or save it again")
+    return lines
