@@ -1,5 +1,6 @@
 """The law of a low-rank delta: its scale, its shape, its weight; and what an adapter hands out."""
 
+import lycoris.functional.locon as locon
 import pytest
 import torch
 
@@ -25,6 +26,32 @@ def test_a_convolution_equals_down_then_up() -> None:
     weight = delta.weight(torch.zeros(5, 6, 3, 3))
     two_steps = 2 * torch.conv2d(torch.conv2d(x, down), up)
     torch.testing.assert_close(torch.conv2d(x, weight), two_steps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 3)])
+@pytest.mark.parametrize("alpha", [4.0, 1.0, 10.0])
+def test_a_tucker_core_is_lycoris_core(kernel: tuple[int, int], alpha: float) -> None:
+    down, up, mid = torch.randn(4, 6, 1, 1), torch.randn(5, 4, 1, 1), torch.randn(4, 4, *kernel)
+    wanted = locon.diff_weight(down.double(), up.double(), mid.double(), gamma=alpha / 4)
+    for flat in (False, True):
+        delta = LowRank(down.flatten(1) if flat else down, up.flatten(1) if flat else up, alpha, mid)
+        assert (delta.rank, delta.shape) == (4, (5, 6, *kernel))
+        found = delta.weight(torch.zeros(5, 6, *kernel))
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_a_tucker_core_stands_between_down_and_up() -> None:
+    down, up, mid = torch.randn(4, 6, 1, 1), torch.randn(5, 4, 1, 1), torch.randn(4, 4, 3, 3)
+    x = torch.randn(1, 6, 7, 7)
+    weight = LowRank(down, up, 8.0, mid).weight(torch.zeros(5, 6, 3, 3))
+    three_steps = 2 * torch.conv2d(torch.conv2d(torch.conv2d(x, down), mid), up)
+    torch.testing.assert_close(torch.conv2d(x, weight), three_steps, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("mid", [(4, 4), (4, 3, 3, 3), (3, 3, 3, 3), (4, 4, 3)])
+def test_a_core_that_does_not_join_the_pair_is_refused(mid: tuple[int, ...]) -> None:
+    with pytest.raises(SdloraError, match="no core"):
+        LowRank(torch.zeros(4, 6), torch.zeros(5, 4), 1.0, torch.zeros(mid))
 
 
 def test_linear_and_pointwise_factors_fit_each_other() -> None:

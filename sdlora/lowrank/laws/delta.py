@@ -86,6 +86,12 @@ def matches(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     return len(shape) == 2 and len(wanted) > 2 and shape[0] == wanted[0] and shape[1] == prod(wanted[1:])
 
 
+def width_of(vector: Sequence[int]) -> int | None:
+    """The length of a vector, which may have ones beside it: (n,), (1, n), (n, 1, 1). None for what is no vector."""
+    width = prod(vector)
+    return width if vector and max(vector) == width > 0 else None
+
+
 def check_fit(delta: Delta, shape: Sequence[int]) -> None:
     """Refuse a parameter that cannot take the change; before anything is multiplied, so that no factor costs much."""
     if not delta.fits(shape):

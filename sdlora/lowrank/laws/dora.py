@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws.delta import Delta, Shape, check_fit, wide
+from sdlora.lowrank.laws.delta import Delta, Shape, check_fit, wide, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class DoRA:
 
     def __post_init__(self) -> None:
         shape = tuple(self.magnitude.shape)
-        if not shape or max(shape) != prod(shape) or prod(shape[:2]) != prod(shape):
+        if width_of(shape) is None or any(size != 1 for size in shape[2:]):
             raise SdloraError(f"{shape} is no DoRA magnitude; (out,), (out, 1[, 1, 1]) or (1, in[, 1, 1]) is wanted")
 
     @property

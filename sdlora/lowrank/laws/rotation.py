@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from sdlora.errors import SdloraError
+from sdlora.lowrank.laws.delta import width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,5 +60,5 @@ def check_scale(scale: Tensor | None, width: int | None = None) -> None:
     if scale is None:
         return
     shape = tuple(scale.shape)
-    if not shape or max(shape) != prod(shape) or width not in (None, prod(shape)):
+    if width_of(shape) is None or width not in (None, prod(shape)):
         raise SdloraError(f"{shape} is no scale of {'the' if width is None else width} outputs; (out, 1) is wanted")

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws.delta import Shape, check_fit, wide
+from sdlora.lowrank.laws.delta import Shape, check_fit, wide, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class IA3:
 
     def __post_init__(self) -> None:
         shape = tuple(self.vector.shape)
-        if not shape or max(shape) != prod(shape):
+        if width_of(shape) is None:
             raise SdloraError(f"{shape} is no (IA)^3 vector; (n,), or n with ones beside it, is wanted")
 
     @property
