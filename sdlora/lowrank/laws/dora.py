@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws.delta import Delta, Shape, check_fit, wide, width_of
+from sdlora.lowrank.laws.delta import Delta, Shape, check_fit, times, wide, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,14 @@ class DoRA:
         """The delta W' - W in float32, in the shape of `base` and on its device."""
         import torch
 
-        check_fit(self, base.shape)
+        check_fit(self.inner, base.shape)
+        axis = self._axis(base.shape)
+        if axis is None:
+            magnitude = tuple(self.magnitude.shape)
+            raise SdloraError(f"a DoRA magnitude {magnitude} does not fit a weight of shape {times(base.shape)}")
         before = base.detach().float()
         turned = before + self.inner.weight(base)
-        others = [axis for axis in range(base.dim()) if axis != self._axis(base.shape)]
+        others = [other for other in range(base.dim()) if other != axis]
         norm = torch.linalg.vector_norm(turned, dim=others, keepdim=True)
         scale = torch.where(norm > 0, wide(self.magnitude, base).reshape(norm.shape) / norm, 0)
         return turned * scale - before
