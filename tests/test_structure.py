@@ -16,6 +16,7 @@ FLOORS = (
     "toybox",
     "lowrank",
     "formats",
+    "workbench",
     "models",
     "data",
     "mixing",
@@ -39,7 +40,10 @@ WITHOUT_TORCH = (
     "sdlora",
     "sdlora.errors",
     "sdlora.formats.architectures",
+    "sdlora.formats.library",
+    "sdlora.formats.read",
     "sdlora.generation.job",
+    "sdlora.lowrank.laws",
     "sdlora.training.config",
 )
 LONGEST_FUNCTION = 60

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sdlora import cli
+from sdlora.cli.making import TrainFlags
 from sdlora.generation.png import read_job
 from sdlora.training.config import TrainConfig
 from tests.tiny import tiny_folder
@@ -21,7 +22,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
 
 def test_every_setting_has_a_flag() -> None:
-    assert [one.name for one in fields(cli.TrainFlags)] == [one.name for one in fields(TrainConfig)]
+    assert [one.name for one in fields(TrainFlags)] == [one.name for one in fields(TrainConfig)]
 
 
 def test_flags_win_over_the_file(told: list[TrainConfig], tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_interrupting_exits_with_130(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt("stopped after step 3 of 9")
 
-    monkeypatch.setattr("sdlora.cli.load", interrupted)
+    monkeypatch.setattr("sdlora.cli.making.load", interrupted)
     with pytest.raises(SystemExit) as exit:
         main(["train", "pictures"])
     assert exit.value.code == 130

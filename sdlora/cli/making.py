@@ -1,55 +1,15 @@
-"""The command line: verbs over the functions that do the work. What is heavy is imported where it is used."""
+"""The verbs that make LoRAs and pictures: train, generate, app and demo."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter, Token, UnusedCliTokensError
+from cyclopts import Parameter
 
-from sdlora import __version__
-from sdlora.errors import SdloraError
+from sdlora.cli.flags import Whole, flag, whole
 from sdlora.generation.job import SCHEDULERS, Job, parse_lora, parse_size
 from sdlora.training.config import TrainConfig, load
-
-app = App(
-    name="sdlora",
-    help="Train Stable Diffusion LoRAs, mix them, and know what they hold.",
-    version=__version__,
-    default_parameter=Parameter(negative_iterable=()),
-    print_error=False,
-    exit_on_error=False,
-    suppress_keyboard_interrupt=False,
-    result_action="return_value",
-)
-FAILED, INTERRUPTED = 2, 130  # exit codes
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command (None: that of this process). Whatever a person can mend is one line on stderr and exit code 2."""
-    try:
-        app(sys.argv[1:] if argv is None else list(argv))
-    except UnusedCliTokensError as error:
-        tokens = " ".join(map(repr, error.unused_tokens or ()))
-        _exit(FAILED, f"cannot tell what {tokens} is for; quote texts with spaces, and repeat a flag for each value")
-    except (CycloptsError, SdloraError) as error:
-        _exit(FAILED, str(error))
-    except KeyboardInterrupt as interrupt:
-        _exit(INTERRUPTED, str(interrupt) or "interrupted")
-
-
-def _exit(code: int, why: str) -> NoReturn:
-    print("sdlora:", " ".join(why.split()), file=sys.stderr)
-    sys.exit(code)
-
-
-def _whole(_: type, tokens: Sequence[Token]) -> int:
-    """cyclopts would round "1.5" in silence."""
-    return int(tokens[0].value)
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
 
 
 def _flags_of(config: type) -> type:
@@ -63,7 +23,7 @@ def _flags_of(config: type) -> type:
         if one.default not in (MISSING, None, "", ()) and one.default is not False:
             help += f" [default: {' '.join(one.default) if isinstance(one.default, tuple) else one.default}]"
         hint = list[str] if hints[one.name] == tuple[str, ...] else hints[one.name]
-        parsed = Parameter(converter=_whole if hint in (int, int | None) else None)
+        parsed = Parameter(converter=whole if hint in (int, int | None) else None)
         shown = field(default=None, kw_only=i > 0, metadata={"help": help})
         flags.append((one.name, Annotated[hint | None, parsed], shown))
     made = make_dataclass(f"{config.__name__}Flags", flags, frozen=True)
@@ -74,7 +34,6 @@ def _flags_of(config: type) -> type:
 TrainFlags: Any = _flags_of(TrainConfig)
 
 
-@app.command
 def train(
     flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),  # type: ignore[valid-type] # noqa: B008
     *,
@@ -90,25 +49,21 @@ def train(
     run_training(settings)
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help}, kw_only=True)
-
-
 @dataclass(frozen=True)
 class GenerateFlags:
     """What `sdlora generate` is told."""
 
     prompt: str = field(metadata={"help": "what to paint"})
-    lora: list[str] | None = _flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
-    negative_prompt: str = _flag("", "what not to paint")
-    model: str = _flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
-    seed: Whole = _flag(0, "seed of the first picture, the next ones count up")
-    steps: Whole = _flag(20, "denoising steps")
-    guidance: float = _flag(5.0, "guidance scale; 1 is none")
-    scheduler: str = _flag("default", f"default (the model's own), {', '.join(SCHEDULERS)}")
-    size: str | None = _flag(None, "pixels, such as 512 or 512x768 [default: the model's own]")
-    count: Whole = _flag(1, "number of pictures")
-    output: Path = _flag(Path("outputs/pictures"), "folder for the pictures")
+    lora: list[str] | None = flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
+    negative_prompt: str = flag("", "what not to paint")
+    model: str = flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
+    seed: Whole = flag(0, "seed of the first picture, the next ones count up")
+    steps: Whole = flag(20, "denoising steps")
+    guidance: float = flag(5.0, "guidance scale; 1 is none")
+    scheduler: str = flag("default", f"default (the model's own), {', '.join(SCHEDULERS)}")
+    size: str | None = flag(None, "pixels, such as 512 or 512x768 [default: the model's own]")
+    count: Whole = flag(1, "number of pictures")
+    output: Path = flag(Path("outputs/pictures"), "folder for the pictures")
 
     def job(self) -> Job:
         """The job that the flags describe."""
@@ -128,7 +83,6 @@ class GenerateFlags:
         )
 
 
-@app.command
 def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     """Make pictures from a prompt and any mix of LoRAs. The PNGs carry all settings."""
     job = flags.job()
@@ -160,16 +114,15 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
 class AppFlags:
     """What `sdlora app` is told."""
 
-    model: list[str] | None = _flag(None, "base model, repeat it to offer several [default: toybox]")
-    library: list[str] | None = _flag(None, "folder with LoRA files, repeat it for several [default: outputs]")
-    output: str = _flag("outputs/pictures", "folder for the pictures")
-    host: str = _flag("127.0.0.1", "address to listen on; one that others can reach needs a --password")
-    port: Whole = _flag(7860, "port to listen on")
-    password: str = _flag("", "password of the user sdlora")
-    open_browser: bool = _flag(False, "open the page in the browser")
+    model: list[str] | None = flag(None, "base model, repeat it to offer several [default: toybox]")
+    library: list[str] | None = flag(None, "folder with LoRA files, repeat it for several [default: outputs]")
+    output: str = flag("outputs/pictures", "folder for the pictures")
+    host: str = flag("127.0.0.1", "address to listen on; one that others can reach needs a --password")
+    port: Whole = flag(7860, "port to listen on")
+    password: str = flag("", "password of the user sdlora")
+    open_browser: bool = flag(False, "open the page in the browser")
 
 
-@app.command(name="app")
 def web_app(flags: Annotated[AppFlags, Parameter(name="*")] = AppFlags()) -> None:  # noqa: B008
     """Mix LoRAs with sliders in the browser, until Ctrl-C."""
     from sdlora.web.app import serve
@@ -185,7 +138,6 @@ def web_app(flags: Annotated[AppFlags, Parameter(name="*")] = AppFlags()) -> Non
     )
 
 
-@app.command
 def demo(*, datasets: Path = Path("datasets"), output: Path = Path("outputs/demo")) -> None:
     """Train a style and a character on toybox, and draw a sheet in which sliders blend them.
 
@@ -197,7 +149,3 @@ def demo(*, datasets: Path = Path("datasets"), output: Path = Path("outputs/demo
     from sdlora.demo import run_demo
 
     print(run_demo(datasets, output))
-
-
-if __name__ == "__main__":
-    main()

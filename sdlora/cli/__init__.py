@@ -1,0 +1,45 @@
+"""The command line: verbs over the functions that do the work. What is heavy is imported where it is used."""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from sdlora import __version__
+from sdlora.cli import making
+from sdlora.errors import SdloraError
+
+app = App(
+    name="sdlora",
+    help="Train Stable Diffusion LoRAs, mix them, and know what they hold.",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+for verb in (making.train, making.generate, making.demo):
+    app.command(verb)
+app.command(making.web_app, name="app")
+
+FAILED, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command (None: that of this process). Whatever a person can mend is one line on stderr and exit code 2."""
+    try:
+        app(sys.argv[1:] if argv is None else list(argv))
+    except UnusedCliTokensError as error:
+        tokens = " ".join(map(repr, error.unused_tokens or ()))
+        _exit(FAILED, f"cannot tell what {tokens} is for; quote texts with spaces, and repeat a flag for each value")
+    except (CycloptsError, SdloraError) as error:
+        _exit(FAILED, str(error))
+    except KeyboardInterrupt as interrupt:
+        _exit(INTERRUPTED, str(interrupt) or "interrupted")
+
+
+def _exit(code: int, why: str) -> NoReturn:
+    print("sdlora:", " ".join(why.split()), file=sys.stderr)
+    sys.exit(code)
