@@ -184,23 +184,23 @@ def _orthogonal(place: _Place, keep: Keep | None, density: float, seed: int) -> 
         raise SdloraError("orthogonal works on factors and this delta is written out whole; convert it to LoRA first")
     if place.whole or len(place.terms) == 1:
         return _sum(place, keep, density, seed)
-    pairs = _pairs(place)
-    apart = pairs[:1]
-    columns, rows = _spaces(*pairs[0], place.shape, noise=0.0)
-    for up, down in pairs[1:]:
+    first, *others = _pairs(place)
+    left, _, right = _singular(first, place.shape)
+    apart = [first]
+    for up, down in others:
         noise = NOISE * float(up.norm() * down.norm())
-        up, down = up - columns @ (columns.T @ up), down - (down @ rows.T) @ rows
-        apart.append((up, down))
-        more_columns, more_rows = _spaces(up, down, place.shape, noise)
-        columns, rows = torch.cat([columns, more_columns], 1), torch.cat([rows, more_rows])
+        outside = up - left @ (left.T @ up), down - (down @ right.T) @ right
+        columns, values, rows = _singular(outside, place.shape, noise)
+        apart.append((columns * values, rows))
+        left, right = torch.cat([left, columns], 1), torch.cat([right, rows])
     return _joined(place, apart, keep)
 
 
-def _spaces(up: Tensor, down: Tensor, shape: Shape, noise: float) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of the columns (out, n) and rows (n, in * kh * kw) of up @ down, as far as it is no noise."""
-    left, values, right = singular(shaped(up, down, shape))
+def _singular(pair: Pair, shape: Shape, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular vectors and values of the product, (out, n), (n,) and (n, in * kh * kw), without those of noise."""
+    left, values, right = singular(shaped(*pair, shape))
     real = int((values > max(noise, NOISE * float(values[0]))).sum())
-    return left[:, :real], right[:real]
+    return left[:, :real], values[:real], right[:real]
 
 
 def _pairs(place: _Place) -> list[Pair]:
