@@ -49,7 +49,7 @@ def test_the_old_layout_is_told_by_its_shapes(kind: str, alpha: float) -> None:
 
 @pytest.mark.parametrize("rank", [1, 7, 8])
 def test_on_a_square_layer_the_order_is_the_one_whose_rank_is_not_above_the_width(rank: int) -> None:
-    a1, a2, b1, b2 = draw(8, rank), draw(rank, 8), draw(8, rank, seed=1), draw(rank, 8, seed=1)
+    a1, a2, b1, b2 = (draw(*((8, rank), (rank, 8))[seed % 2], seed=seed) for seed in range(4))
     new, base = GLoRA(a1, a2, b1, b2, 1.0), draw(8, 8)
     double = [x.double() for x in (a1, a2, b1, b2, base)]
     wanted = (double[2] @ double[3] + double[4] @ double[0] @ double[1]) / rank
