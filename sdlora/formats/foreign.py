@@ -19,6 +19,7 @@ ADVICE = "sdlora mixes LoRAs for SD 1.x, SD 2.x and SDXL; choose one of those"
 AS_BASE = "choose it as the base model, and a LoRA to go with it"
 SHARE = 0.05  # of the names that speak for other models, for one to count
 ACCIDENT = 0.02  # of all names; if fewer speak for other models, something went wrong when the file was made
+MOST_FORMS = 2000  # a model with all its parts has some 500
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,11 @@ def _small(tensors: Mapping[str, Spec]) -> Foreign | None:
 
 
 def _forms(names: Mapping[str, Spec]) -> Counter[str]:
-    """How many names there are of each form."""
+    """How many names there are of each form; of files that are made to be slow, the most frequent forms."""
     text = "\n".join(names).replace("attn1", "attnA").replace("attn2", "attnB")
     text = text.replace("transformer.blocks", "blocks")  # is not transformer_blocks
-    return Counter(text.encode().translate(_SEPARATORS, _DIGITS).decode().split("\n"))
+    forms = Counter(text.encode().translate(_SEPARATORS, _DIGITS).decode().split("\n"))
+    return forms if len(forms) <= MOST_FORMS else Counter(dict(forms.most_common(MOST_FORMS)))
 
 
 def _shared_out(forms: Mapping[str, int]) -> tuple[dict[Kind, set[str]], set[str], set[str]]:

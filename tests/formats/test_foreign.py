@@ -290,6 +290,14 @@ def test_metadata_cannot_make_a_unet_foreign():
     assert foreign_kind(specs(keys), {"modelspec.architecture": "flux-1-dev/lora"}) is None
 
 
+def test_a_file_of_endless_forms_is_looked_at_in_part(monkeypatch):
+    """Only the forms are limited: what is in the file most often still counts."""
+    monkeypatch.setattr("sdlora.formats.foreign.MOST_FORMS", 20)
+    keys = lora(WAN, "diffusion_model.") + [f"x{'y' * i}" for i in range(200)]
+    found = foreign_kind(specs(keys), {})
+    assert found is not None and found.what == "a LoRA for Wan"
+
+
 def test_an_empty_file_is_nothing_in_particular():
     assert foreign_kind({}, {}) is None
 
