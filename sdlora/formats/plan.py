@@ -12,6 +12,7 @@ from sdlora.formats.architectures import ENDS, Architecture, known
 from sdlora.formats.header import Spec
 from sdlora.formats.names import readable
 from sdlora.formats.parts import build, lacking, split
+from sdlora.formats.receipt import Applied
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.laws.delta import Shape, times
 
@@ -19,7 +20,14 @@ Keys = Mapping[str, str]  # of one module: part -> key in the file
 Layout = tuple[tuple[str, Shape], ...]  # the shapes of a module's parts
 
 TOKENS = "bundle_emb."
-ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "string_to_param.*": "text_encoder"}
+ENCODERS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "string_to_param.*": "text_encoder",
+    "emb_params": "text_encoder",
+}
+# By a part of an (IA)^3 vector, the one that tells its side.
+SIDES = {"on_input": "on_input", "ia3_l": "by_input"}
 # Widths of the conditioning that attn2 looks at.
 SEEN = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 
@@ -65,11 +73,31 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What names and shapes tell of a file. candidates: as `fits` has them; applied: what the best of them changes."""
+
+    found: Contents
+    candidates: list[Fit]
+    applied: Mapping[str, Applied]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The architectures that a file was made for, mostly one, by their names, and what tells it. None: not known."""
 
     names: tuple[str, ...]
     evidence: tuple[str, ...]
+
+
+def plan(tensors: Mapping[str, Spec]) -> Plan:
+    """Sort a file's keys and hold them against the known architectures."""
+    return plan_of(contents(tensors))
+
+
+def plan_of(found: Contents) -> Plan:
+    """Hold contents against the known architectures."""
+    candidates = fits(found)
+    return Plan(found, candidates, applied_of(found, candidates[0]))
 
 
 def contents(tensors: Mapping[str, Spec]) -> Contents:
@@ -92,7 +120,8 @@ def contents(tensors: Mapping[str, Spec]) -> Contents:
         other += modules.pop(stem).values()  # a weight of something that is no LoRA
     _claim(other, modules)
     layouts = {
-        stem: tuple(sorted((part, tensors[key].shape) for part, key in keys.items())) for stem, keys in modules.items()
+        stem: tuple(sorted([(part, tensors[key].shape) for part, key in keys.items()]))
+        for stem, keys in modules.items()
     }
     broken = {stem: why for stem, layout in layouts.items() if isinstance(why := deltas_of(layout), str)}
     whole = {stem: keys for stem, keys in modules.items() if stem not in broken}
@@ -127,7 +156,8 @@ def deltas_of(layout: Layout) -> tuple[Mapping[str, Delta], ...] | str:
     wrong = lacking(parts)
     if wrong:
         return wrong
-    readings = [parts | {"on_input": value} for value in (0, 1)] if "on_input" in parts else [parts]
+    side = next((name for mark, name in SIDES.items() if mark in parts), None)
+    readings = [parts | {side: value} for value in (0, 1)] if side else [parts]
     try:
         return tuple(build(reading, None) for reading in readings)
     except SdloraError as error:
@@ -148,21 +178,28 @@ def names_of(architecture: Architecture) -> Mapping[str, tuple[str, ...]]:
     return readable((*architecture.shapes, *architecture.norms))
 
 
+@lru_cache(maxsize=2**17)
+def _path(architecture: Architecture, stem: str, layout: Layout) -> str | None:
+    """The path of the architecture's module that the name means and the layout fits."""
+    paths = names_of(architecture).get(stem, ())
+    return next((path for path in paths if _fits(layout, _weight(architecture, path))), None)
+
+
 def fit(found: Contents, architecture: Architecture) -> Fit:
     """Hold the contents against an architecture."""
-    names = names_of(architecture)
     applied: dict[str, str] = {}
     unknown, twice = [], []
     misfit: dict[str, str] = {}
     for stem in found.modules:
-        paths = names.get(stem, ())
-        if not paths:
-            unknown.append(stem)
-            continue
         layout = found.layouts[stem]
-        path = next((path for path in paths if _fits(layout, _weight(architecture, path))), None)
+        path = _path(architecture, stem, layout)
         if path is None:
-            misfit[paths[0]] = f"{stem} ({_shape(layout)}, the model's is {times(_weight(architecture, paths[0]))})"
+            paths = names_of(architecture).get(stem)
+            if paths:
+                shape = times(_weight(architecture, paths[0]))
+                misfit[paths[0]] = f"{stem} ({_shape(layout)}, the model's is {shape})"
+            else:
+                unknown.append(stem)
         elif path in applied:
             twice.append(f"{applied[path]} and {stem}")
         else:
@@ -182,8 +219,35 @@ def _shape(layout: Layout) -> str:
 
 
 def fits(found: Contents) -> list[Fit]:
-    """The contents held against all known architectures, the best first."""
-    return sorted((fit(found, one) for one in known()), key=lambda one: -one.inner)
+    """The contents held against the architectures that take all of them; where none does, against all. The best first.
+
+    All of them: the convolutions at both ends apart, which tell no architecture. Of others, fewer modules would fit.
+    """
+    whole = [one for one in known() if _takes_all(found, one)] if found.modules else []
+    return sorted((fit(found, one) for one in whole or known()), key=lambda one: -one.inner)
+
+
+def _takes_all(found: Contents, architecture: Architecture) -> bool:
+    layouts = found.layouts
+    return all(
+        _path(architecture, stem, layouts[stem]) is not None or _is_end(architecture, stem) for stem in found.modules
+    )
+
+
+def _is_end(architecture: Architecture, stem: str) -> bool:
+    return bool(set(names_of(architecture).get(stem, ())) & set(ENDS))
+
+
+@lru_cache(maxsize=2**15)
+def _told_of(layout: Layout) -> tuple[tuple[str, Applied], ...]:
+    readings = deltas_of(layout)
+    assert not isinstance(readings, str)
+    return tuple((which, Applied(one.name, one.rank, None)) for which, one in readings[0].items())
+
+
+def applied_of(found: Contents, one: Fit) -> dict[str, Applied]:
+    """What the header tells of the changes, by parameter."""
+    return {path + which: told for path, stem in one.applied.items() for which, told in _told_of(found.layouts[stem])}
 
 
 def verdict(found: Contents, candidates: Iterable[Fit], metadata: Mapping[str, str]) -> Verdict:

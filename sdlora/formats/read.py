@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -20,7 +20,18 @@ from sdlora.formats.metadata import base_model, trigger_words
 from sdlora.formats.ordered import is_ordered, ordered_names
 from sdlora.formats.parts import NUMBERS, build
 from sdlora.formats.peft_config import PeftConfig, by_component
-from sdlora.formats.plan import Contents, Fit, Keys, Verdict, contents, deltas_of, fit, fits, verdict
+from sdlora.formats.plan import (
+    Contents,
+    Fit,
+    Keys,
+    Plan,
+    Verdict,
+    deltas_of,
+    fit,
+    plan,
+    plan_of,
+    verdict,
+)
 from sdlora.formats.receipt import Applied, Receipt
 from sdlora.formats.sources import Source, sources_of
 from sdlora.lowrank.adapter import Adapter
@@ -41,23 +52,32 @@ class _Opened:
     path: Path
     sources: tuple[Source, ...]
     headers: tuple[Header, ...]
-    found: Contents
+    plan: Plan
     metadata: Mapping[str, str]
     configs: Mapping[str, PeftConfig]  # by component; "" for all
+
+    @property
+    def found(self) -> Contents:
+        return self.plan.found
 
     def config(self, path: str) -> PeftConfig | None:
         return self.configs.get(path.partition(".")[0], self.configs.get(""))
 
 
-def describe(path: Path | str) -> Receipt:
+def describe(
+    path: Path | str,
+    header_of: Callable[[Path], Header] = read_header,
+    plan: Callable[[Mapping[str, Spec]], Plan] = plan,
+) -> Receipt:
     """What a LoRA is, from its header alone: no hashes, no alphas, and whether its numbers are finite is not known.
 
+    header_of, plan: for whoever describes many files and remembers (see `library`).
     SdloraError: it cannot be read, is damaged, or is something else than a LoRA for a known architecture.
     """
-    opened = _open(Path(path))
-    candidates = fits(opened.found)
+    opened = _open(Path(path), header_of, plan)
+    candidates = opened.plan.candidates
     best = candidates[0] if candidates[0].inner else None
-    return _receipt(opened, best, verdict(opened.found, candidates, opened.metadata))
+    return _receipt(opened, best, opened.plan.applied if best else {}, _judged(opened))
 
 
 def read(path: Path | str, architecture: Architecture | None = None, partial: bool = False) -> tuple[Adapter, Receipt]:
@@ -68,21 +88,20 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
     SdloraError: the file cannot be read, is cut short or damaged, is no LoRA, or is one for another architecture.
     """
     opened = _open(Path(path))
-    candidates = fits(opened.found)
-    judged = verdict(opened.found, candidates, opened.metadata)
+    judged = _judged(opened)
     if architecture is None:
         if not judged.names:
             raise SdloraError(f"{path} fits no known architecture ({_example(opened)}); give the model it was made for")
         architecture = next(one for one in known() if one.name == judged.names[0])
     chosen = fit(opened.found, architecture)
     _refuse_conflicts(opened, chosen)
-    why = _misplaced(opened, chosen, judged, candidates)
+    why = _misplaced(opened, chosen, judged, opened.plan.candidates)
     if why and not (partial and chosen.applied):
         raise SdloraError(f"{path} {why}")
     tensors, sha256, autov3 = _load(opened)
     deltas = _deltas(opened, chosen, tensors)
     embeddings, odd = _embeddings(opened, architecture, tensors)
-    receipt = _receipt(opened, chosen, judged)
+    receipt = _receipt(opened, chosen, {}, judged)
     alphas = {parameter: getattr(getattr(delta, "inner", delta), "alpha", None) for parameter, delta in deltas.items()}
     receipt = replace(
         receipt,
@@ -96,27 +115,37 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
     return Adapter(deltas, opened.metadata, embeddings), receipt
 
 
-def _open(path: Path) -> _Opened:
+def _judged(opened: _Opened) -> Verdict:
+    return verdict(opened.found, opened.plan.candidates, opened.metadata)
+
+
+def _open(
+    path: Path,
+    header_of: Callable[[Path], Header] = read_header,
+    plan: Callable[[Mapping[str, Spec]], Plan] = plan,
+) -> _Opened:
     sources = sources_of(path)
-    headers = tuple(read_header(source.path) for source in sources)
-    tensors: dict[str, Spec] = {}
+    headers = tuple(header_of(source.path) for source in sources)
+    tensors: Mapping[str, Spec] = {}
     for source, header in zip(sources, headers, strict=True):
         if not header.tensors:
             raise SdloraError(f"{source.path} is empty: it holds no tensors; fetch or train it again")
         foreign = foreign_kind(header.tensors, header.metadata)
         if foreign:
             raise SdloraError(f"{source.path} is {foreign.what}; {foreign.advice}")
-        tensors |= {_led(source, key): spec for key, spec in header.tensors.items()}
+        led = {_led(source, key): spec for key, spec in header.tensors.items()} if source.component else header.tensors
+        tensors = {**tensors, **led} if tensors else led  # of one file itself: `layouts` knows it again by that
     metadata = headers[0].metadata
     configs = {source.component or "": source.config for source in sources if source.config}
-    found = _ordered(path, tensors, metadata) if is_ordered(tensors) else contents(tensors)
+    planned = plan_of(_ordered(path, tensors, metadata)) if is_ordered(tensors) else plan(tensors)
+    found = planned.found
     if not (found.modules or found.tokens):
         keys = sorted([*found.other, *(key for line in found.broken for key in [line])])
         raise SdloraError(
             f"{path} holds nothing that can be applied as a LoRA: {len(tensors)} keys such as {', '.join(keys[:2])}; "
             "check that it is a LoRA for Stable Diffusion, and whole"
         )
-    return _Opened(path, sources, headers, found, metadata, configs or by_component(metadata))
+    return _Opened(path, sources, headers, planned, metadata, configs or by_component(metadata))
 
 
 def _led(source: Source, key: str) -> str:
@@ -140,7 +169,8 @@ def _ordered(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str
         broken = {module: why for module, layout in layouts.items() if isinstance(why := deltas_of(layout), str)}
         tokens = {token: {"text_encoder": key} for token, key in placed.tokens.items()}
         whole = {module: keys for module, keys in modules.items() if module not in broken}
-        return Contents(whole, layouts, broken, (), tokens, ())
+        placed_keys = {key for keys in (*modules.values(), *tokens.values()) for key in keys.values()}
+        return Contents(whole, layouts, broken, (), tokens, tuple(sorted(tensors.keys() - placed_keys)))
     raise SdloraError(f"{path}: {problem}") from problem
 
 
@@ -285,16 +315,12 @@ def _embeddings(
     return found, odd
 
 
-def _receipt(opened: _Opened, chosen: Fit | None, judged: Verdict) -> Receipt:
+def _receipt(opened: _Opened, chosen: Fit | None, applied: Mapping[str, Applied], judged: Verdict) -> Receipt:
     """The receipt as far as the header tells it."""
     found = opened.found
-    applied, stems, misfit = {}, set(found.modules), ()
+    stems, misfit = set(found.modules), tuple[str, ...]()
     if chosen:
         stems, misfit = set(chosen.unknown), tuple(chosen.misfit.values())
-        for path, stem in chosen.applied.items():
-            readings = deltas_of(found.layouts[stem])
-            assert not isinstance(readings, str)
-            applied |= {path + which: Applied(one.name, one.rank, None) for which, one in readings[0].items()}
     return Receipt(
         path=opened.path,
         size=sum(header.size for header in opened.headers),
@@ -308,7 +334,9 @@ def _receipt(opened: _Opened, chosen: Fit | None, judged: Verdict) -> Receipt:
         dtypes=tuple(sorted({spec.dtype for header in opened.headers for spec in header.tensors.values()})),
         trigger_words=trigger_words(opened.metadata),
         base_model=base_model(opened.metadata),
-        notes=tuple(f"{name} in the metadata is cut, it is too long" for header in opened.headers for name in header.cut),
+        notes=tuple(
+            f"{name} in the metadata is cut, it is too long" for header in opened.headers for name in header.cut
+        ),
         metadata=opened.metadata,
     )
 
@@ -319,5 +347,7 @@ def _notes(alphas: Mapping[str, float | None], why: str | None, chosen: Fit, ope
         lines.append(f"in part as asked: {len(chosen.applied)} of {len(opened.found.modules)} modules, though it {why}")
     zero = [path for path, alpha in alphas.items() if alpha == 0]
     if zero:
-        lines.append(f"alpha is 0 in {len(zero)} modules such as {zero[0]}: they have no effect; train or save it again")
+        lines.append(
+            f"alpha is 0 in {len(zero)} modules such as {zero[0]}: they have no effect; train or save it again"
+        )
     return lines
