@@ -27,7 +27,7 @@ class Vocabulary:
     """What a text encoder reads: a tokenizer and, for the tokens that this has learned, rows of the embedding.
 
     learned: what the rows were made of, nothing for the base's own vocabulary. rows: (n, width), from row `start` on.
-    size: how many rows the base has. own: the base's tokenizer.
+    size: how many rows the base has.
     """
 
     tokenizer: Any
@@ -35,13 +35,12 @@ class Vocabulary:
     rows: Tensor
     start: int
     size: int
-    own: Any
 
 
 def own_vocabulary(pipeline: Any, component: str) -> Vocabulary:
     """The vocabulary that the pipeline has now, as its base's."""
     tokenizer, weight = getattr(pipeline, _tokenizer(component)), _embedding(pipeline, component).weight.detach()
-    return Vocabulary(tokenizer, {}, weight[:0], len(tokenizer), len(weight), tokenizer)
+    return Vocabulary(tokenizer, {}, weight.new_empty(0, weight.shape[1]), len(tokenizer), len(weight))
 
 
 def check_tokens(name: str, adapter: Adapter, vocabularies: Mapping[str, Vocabulary]) -> None:
