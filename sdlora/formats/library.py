@@ -1,0 +1,167 @@
+"""A library of LoRAs: what lies below some folders, described from headers, and remembered for the next time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sdlora import __version__
+from sdlora.errors import SdloraError
+from sdlora.formats.atomic import replace_file
+from sdlora.formats.layouts import Met
+from sdlora.formats.read import describe
+from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import CONFIG, WEIGHTS
+
+FORMAT = f"{__version__} 1"  # of the cache; another one is not read
+YOUNG = 2.0  # seconds; what is wrong with a file as young as that may be over soon, and is not remembered
+
+
+@dataclass(frozen=True)
+class Described:
+    """A LoRA of the library, as much as a list shows; or, in `problem`, the one line that says why it is none.
+
+    size in bytes, modified in nanoseconds: of the file, or of the weights of a PEFT folder (and its config, added).
+    components, laws: how many parameters; ranks: in words; the last three: how many keys and modules do not apply.
+    The other fields are those of a receipt.
+    """
+
+    path: Path
+    size: int
+    modified: int
+    problem: str = ""
+    made_for: tuple[str, ...] = ()
+    components: Mapping[str, int] | None = None
+    laws: Mapping[str, int] | None = None
+    ranks: str = ""
+    base_model: str = ""
+    trigger_words: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    unknown: int = 0
+    incomplete: int = 0
+    misfit: int = 0
+
+
+def scan(folders: Iterable[Path | str], cache: Path | None = None) -> tuple[Described, ...]:
+    """Every LoRA below the folders, by path: .safetensors files, PEFT folders as one; hidden ones are left out.
+
+    cache: a file that keeps what was found, so that only what is new or has changed is looked at (see
+    `default_cache`). One that is damaged or of another version is thrown away.
+    SdloraError: a folder is not there.
+    """
+    places = [Path(folder).absolute() for folder in folders]
+    missing = next((folder for folder in places if not folder.is_dir()), None)
+    if missing:
+        raise SdloraError(f"{missing} is no folder; name the folder where your LoRAs lie")
+    known = _load(cache) if cache else {}
+    met = Met()
+    found: dict[str, Described] = {}
+    for folder in places:
+        for path, size, modified in _files(folder):
+            before = known.get(str(path))
+            same = before is not None and (before.size, before.modified) == (size, modified)
+            found[str(path)] = before if before and same else _described(path, size, modified, met)
+    elsewhere = {path: one for path, one in known.items() if not any(_below(path, folder) for folder in places)}
+    lasting = {path: one for path, one in found.items() if not (one.problem and _young(one))}
+    if cache and elsewhere | lasting != known:
+        _save(cache, elsewhere | lasting)
+    return tuple(found[path] for path in sorted(found))
+
+
+def default_cache() -> Path:
+    """Where a cache lies if nobody says otherwise."""
+    place = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(place) / "sdlora" / "library.json"
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Path, size and time of each LoRA below a folder. What goes away meanwhile is left out."""
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(".safetensors"):
+                peft = name == WEIGHTS and CONFIG in names
+                parts = [Path(place, name), Path(place, CONFIG)] if peft else [Path(place, name)]
+                try:
+                    states = [part.stat() for part in parts]
+                except OSError:
+                    continue
+                size, modified = sum(one.st_size for one in states), sum(one.st_mtime_ns for one in states)
+                yield Path(place) if peft else parts[0], size, modified
+
+
+def _described(path: Path, size: int, modified: int, met: Met) -> Described:
+    try:
+        receipt = describe(path, met.header_of, met.plan)
+    except SdloraError as error:
+        return Described(path, size, modified, problem=" ".join(str(error).split()))
+    return _shown(receipt, size, modified)
+
+
+def _shown(receipt: Receipt, size: int, modified: int) -> Described:
+    return Described(
+        receipt.path,
+        size,
+        modified,
+        made_for=receipt.made_for,
+        components=dict(receipt.components),
+        laws=dict(receipt.laws),
+        ranks=receipt.ranks(),
+        base_model=receipt.base_model,
+        trigger_words=receipt.trigger_words,
+        tokens=receipt.tokens,
+        dtypes=receipt.dtypes,
+        unknown=len(receipt.unknown),
+        incomplete=len(receipt.incomplete),
+        misfit=len(receipt.misfit),
+    )
+
+
+def _young(one: Described) -> bool:
+    return abs(time.time() - one.modified / 1e9) < YOUNG
+
+
+def _below(path: str, folder: Path) -> bool:
+    return path == str(folder) or path.startswith(f"{folder}{os.sep}")
+
+
+def _load(cache: Path) -> dict[str, Described]:
+    """What the cache holds; nothing, where it is not there, of another version or damaged."""
+    try:
+        told = json.loads(cache.read_text("utf-8"))
+        if told["format"] != FORMAT:
+            return {}
+        return {path: _from_json(path, one) for path, one in told["found"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _save(cache: Path, found: Mapping[str, Described]) -> None:
+    told = {path: {name: value for name, value in asdict(one).items() if value} for path, one in found.items()}
+    for one in told.values():
+        del one["path"]
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, "found": told}, separators=(",", ":"))
+        replace_file(cache, lambda partial: partial.write_text(text, "utf-8"))
+    except OSError:
+        pass  # without a cache the next scan takes longer, and that is all
+
+
+_KINDS = {"tuple[str, ...]": list, "int": int, "str": str, "Mapping[str, int] | None": dict}
+
+
+def _from_json(path: str, told: Mapping[str, Any]) -> Described:
+    """TypeError or KeyError where the cache was written by something else."""
+    kinds = {one.name: _KINDS[str(one.type)] for one in fields(Described) if one.name != "path"}
+    for name, value in told.items():
+        if type(value) is not kinds[name]:
+            raise TypeError(name)
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    return Described(Path(path), **values)
