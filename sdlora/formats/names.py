@@ -47,22 +47,28 @@ _FLAT_PREFIXES = {
 _OLD_ATTENTION = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def kohya(paths: Iterable[str], two_encoders: bool = False) -> dict[str, str]:
+def kohya(
+    paths: Iterable[str], two_encoders: bool = False, original: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """kohya's name of each path: dots become underscores, the component a prefix.
 
-    two_encoders: the model has two text encoders even if the paths name only the first.
+    two_encoders: the model has two text encoders even if the paths name only the first. original: the names that the
+    UNet's modules have in the original code (see `original_unet`), to be used in place of diffusers' names.
     """
     paths = tuple(paths)
     two = two_encoders or any(path.startswith("text_encoder_2.") for path in paths)
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
-    return {path: prefixes[component] + _flat(inner) for path, component, inner in _split(paths)}
+    known = original or {}
+    return {path: prefixes[component] + _flat(known.get(path, inner)) for path, component, inner in _split(paths)}
 
 
-def comfyui(paths: Iterable[str]) -> dict[str, str]:
-    """ComfyUI's name of each path: its text encoders, and the UNet's modules as the original code calls them."""
-    paths = tuple(paths)
-    original = original_unet(paths)
-    prefixes = {name: _ENCODER_PREFIXES[name][1] for name in _ENCODER_PREFIXES}
+def comfyui(paths: Iterable[str], original: Mapping[str, str], encoder: str = "clip_l") -> dict[str, str]:
+    """ComfyUI's name of each path: its text encoders, and the UNet's modules as the original code calls them.
+
+    original: see `original_unet`, of the whole model. encoder: the first one, clip_l or, in SD 2.x, clip_h.
+    """
+    prefixes = {"text_encoder": f"text_encoders.{encoder}.transformer."}
+    prefixes["text_encoder_2"] = "text_encoders.clip_g.transformer."
     return {
         path: f"diffusion_model.{original[path]}" if component == "unet" else prefixes[component] + inner
         for path, component, inner in _split(paths)
@@ -89,7 +95,10 @@ def readable(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def original_unet(paths: Iterable[str]) -> dict[str, str]:
-    """The name that the original code (ldm, sgm) has for each module of the UNet; paths are led by "unet."."""
+    """The name that the original code (ldm, sgm) has for each module of the UNet; paths, of all of it, led by "unet.".
+
+    The blocks are counted through, so that a part of the paths does not tell the names of its modules.
+    """
     inner = [path.removeprefix("unet.") for path in paths if path.startswith("unet.")]
     names = _ENDS | dict(_original_blocks(inner))
     found = {}
@@ -133,6 +142,7 @@ def _spelled_encoder(component: str, inner: str) -> Iterator[str]:
         block, _, leaf = name.rpartition(".")
         if leaf in _OLD_ATTENTION:
             yield f"{component}.{block}.{_OLD_ATTENTION[leaf]}"
+            yield f"{component}.{name}.{_OLD_ATTENTION[leaf]}"  # diffusers 0.16
 
 
 def _original_blocks(inner: Iterable[str]) -> Iterator[tuple[str, str]]:
