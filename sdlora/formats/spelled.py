@@ -29,12 +29,11 @@ from sdlora.lowrank.laws import (
 
 Tensors = dict[str, Tensor]  # of one delta: suffix -> tensor
 
-# PEFT's convolutions and linear layers take these, and diffusers hands all that it reads to PEFT.
+# What these hold is what PEFT's LoRA holds: diffusers hands all that it reads to PEFT.
 PLAIN = ("diffusers", "peft")
-OF_PLAIN = {
-    "down": "lora_A.weight",
-    "up": "lora_B.weight",
-}
+OF_PLAIN = {"down": "lora_A.weight", "up": "lora_B.weight"}
+# PEFT drops the last word on disk; transformers, to which diffusers hands the text encoders' keys as they are, wants it.
+MAGNITUDES = {"peft": "lora_magnitude_vector", "diffusers": "lora_magnitude_vector.weight"}
 BIAS = ".bias"
 
 
@@ -79,7 +78,7 @@ def tensors_of(adapter: Adapter, names: Mapping[str, str], naming: str) -> Tenso
             beside = adapter.deltas.get(module)
             held = {"b_norm" if beside is not None and _of_norm(beside) else "diff_b": _factor(delta, "diff")}
         elif naming in PLAIN:
-            held = plain(delta)
+            held = plain(delta, MAGNITUDES[naming])
         else:
             held = lycoris(delta)
         spelled |= {f"{names[module]}.{suffix}": tensor for suffix, tensor in held.items()}
@@ -99,7 +98,7 @@ def lycoris(delta: Delta) -> Tensors:
     return {suffix: tensor for suffix, tensor in held.items() if tensor is not None} | spelling.more(delta)
 
 
-def plain(delta: Delta) -> Tensors:
+def plain(delta: Delta, magnitude_key: str) -> Tensors:
     """A change of a weight as PEFT spells it; alpha is told beside the tensors. A Tucker core has no place there."""
     inner = delta.inner if isinstance(delta, DoRA) else delta
     assert isinstance(inner, LowRank)
@@ -107,7 +106,7 @@ def plain(delta: Delta) -> Tensors:
     if isinstance(delta, DoRA):
         magnitude = delta.magnitude.reshape(-1)
         ones = (1,) * (len(inner.shape) - 2)
-        held["lora_magnitude_vector"] = magnitude.reshape(1, -1, *ones) if ones else magnitude
+        held[magnitude_key] = magnitude.reshape(1, -1, *ones) if ones else magnitude
     return held
 
 
