@@ -13,6 +13,7 @@ _BASES = {
     "sd2": ("sd_v2", "stable-diffusion-v2-512/lora"),
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
 }
+_BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 SHOWN_TAGS = 8
 
 
@@ -58,6 +59,11 @@ def to_metadata(facts: TrainingFacts) -> dict[str, str]:
         "modelspec.trigger_phrase": facts.trigger or "",
     }
     return {name: value for name, value in shown.items() if value}
+
+
+def base_model(metadata: Mapping[str, str]) -> str:
+    """The model that a LoRA was trained on as its metadata names it, "" where it does not. Shown, never followed."""
+    return next((metadata[name] for name in _BASE_NAMES if metadata.get(name, "").strip()), "")[:200]
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:

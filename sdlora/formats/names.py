@@ -28,7 +28,7 @@ _ENDS = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 # What stands before a module's dotted name. "unet/" is no file's spelling but ours, for a file about one component.
-_UNET_PREFIXES = ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.")
+_UNET_PREFIXES: tuple[str, ...] = ("unet.", "", "base_model.model.", "base_model.model.unet.", "diffusion_model.")
 _UNET_PREFIXES += ("model.diffusion_model.", "unet/", "unet/base_model.model.")
 _ENCODER_PREFIXES = {
     "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "clip_l.")

@@ -8,8 +8,23 @@ from functools import lru_cache
 from typing import Any
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.laws import IA3, BOFT, OFT, Delta, DoRA, Full, GLoRA, Hadamard, Kronecker, LowRank, OFTv2
-from sdlora.lowrank.laws import Replacement, Rotation
+from sdlora.formats.hcp import translated
+from sdlora.lowrank.laws import (
+    BOFT,
+    IA3,
+    OFT,
+    Delta,
+    DoRA,
+    Full,
+    GLoRA,
+    Hadamard,
+    InputBOFT,
+    Kronecker,
+    LowRank,
+    OFTv2,
+    Replacement,
+    Rotation,
+)
 
 # What keys end in, up to three names, and the part of a delta that they hold then.
 SUFFIXES = {
@@ -17,16 +32,13 @@ SUFFIXES = {
     "lora.down.weight": "down",
     "lora_linear_layer.down.weight": "down",
     "lora_A.weight": "down",
-    "___.layer.W_down": "down",
     "lora_up.weight": "up",
     "lora.up.weight": "up",
     "lora_linear_layer.up.weight": "up",
     "lora_B.weight": "up",
-    "___.layer.W_up": "up",
     "lora_mid.weight": "mid",
     "alpha": "alpha",
     "lora_alpha": "alpha",
-    "___.alpha": "alpha",
     "scale": "scale",
     "dora_scale": "magnitude",
     "lora_magnitude_vector": "magnitude_out",
@@ -51,6 +63,8 @@ SUFFIXES = {
     "oft_R.weight": "oft_r",
     "oft_R.scaled_oft": "scaled_oft",
     "rescale": "rescale",
+    "boft_R": "boft_r",
+    "boft_s": "boft_s",
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
@@ -61,7 +75,7 @@ Parts = Mapping[str, Any]  # part -> factor: a tensor, or what the header says o
 
 @dataclass(frozen=True)
 class Form:
-    """How a law is written down. marks: any of these parts tells it; needs: all of these; may: what else it can have."""
+    """How a law is written down. marks: any of these parts tells it; needs: all of these; may: what else it has."""
 
     marks: frozenset[str]
     needs: frozenset[str]
@@ -98,8 +112,8 @@ def _lokr(parts: Parts, alpha: float | None) -> Kronecker:
 def _glora(parts: Parts, alpha: float | None) -> GLoRA:
     ranks = (factor.shape for name, factor in parts.items() if name in ("a1", "a2"))
     rank = min((size for shape in ranks for size in shape[:2]), default=1)
-    factors = {name: parts.get(name) for name in ("a1", "a2", "b1", "b2", "bm")}
-    return GLoRA(**factors, alpha=float(rank) if alpha is None else alpha)
+    alpha = float(rank) if alpha is None else alpha
+    return GLoRA(parts["a1"], parts["a2"], parts["b1"], parts["b2"], alpha, parts.get("bm"))
 
 
 def _oft(parts: Parts, alpha: float | None) -> OFT | BOFT:
@@ -108,9 +122,10 @@ def _oft(parts: Parts, alpha: float | None) -> OFT | BOFT:
 
 
 def _ia3_of_peft(parts: Parts, _: float | None) -> IA3:
+    """PEFT multiplies, so that its nothing is 1. A convolution's vector looks the same for inputs and outputs."""
     vector = parts["ia3_l"]
-    by_input = tuple(vector.shape[:1]) == (1,)
-    return IA3(vector - 1 if hasattr(vector, "float") else vector, by_input)
+    by_input = parts.get("by_input", len(vector.shape) == 2 and vector.shape[0] == 1)
+    return IA3(vector.float() - 1 if hasattr(vector, "float") else vector, bool(by_input))
 
 
 # The marks of different rows are disjoint, so a module's parts tell its law whatever else they are.
@@ -122,10 +137,11 @@ FORMS = (
     _form(lambda parts, _: Full(parts["w_norm"]), "w_norm", "w_norm"),
     _form(lambda parts, _: Replacement(parts["value"]), "value", "value"),
     _form(lambda parts, _: IA3(parts["weight"], bool(parts["on_input"])), "on_input weight", "on_input weight"),
-    _form(_ia3_of_peft, "ia3_l", "ia3_l"),
+    _form(_ia3_of_peft, "ia3_l", "ia3_l", "by_input"),
     _form(_glora, "a1 a2 b1 b2", "a1 a2 b1 b2", "bm"),
     _form(_oft, "oft_blocks", "oft_blocks", "rescale"),
     _form(lambda parts, _: Rotation(parts["oft_diag"], parts.get("rescale")), "oft_diag", "oft_diag", "rescale"),
+    _form(lambda parts, _: InputBOFT(parts["boft_r"], parts["boft_s"]), "boft_r boft_s", "boft_r boft_s"),
     _form(lambda parts, _: OFTv2(parts["oft_r"], "scaled_oft" in parts), "oft_r", "oft_r", "scaled_oft"),
 )
 # Parts that stand beside any law.
@@ -135,17 +151,17 @@ BESIDE = frozenset({"alpha", "scale", "magnitude", "magnitude_out", "diff_b", "u
 @lru_cache(maxsize=2**17)
 def split(key: str) -> tuple[str, str] | None:
     """The module's name in a key, and the part that the key holds; None for a key that holds none."""
-    names = key.rsplit(".", 3)
-    for count in (3, 2, 1):
-        part = SUFFIXES.get(".".join(names[-count:])) if len(names) > count else None
-        if part:
-            return ".".join(names[:-count]), part
+    names = translated(key).rsplit(".", 3)
     if len(names) == 4:
         stem, first, second, last = names
         if first in ("lora_A", "lora_B") and f"{first}.{last}" in SUFFIXES:  # the adapter's name in between
             return stem, SUFFIXES[f"{first}.{last}"]
         if first.endswith("_lora") and last == "weight" and second in ("down", "up"):  # diffusers before 0.21
             return f"{stem}.{first.removesuffix('_lora')}", second
+    for count in (3, 2, 1):
+        part = SUFFIXES.get(".".join(names[-count:])) if len(names) > count else None
+        if part:
+            return ".".join(names[:-count]), part
     return None
 
 

@@ -262,8 +262,8 @@ def verdict(found: Contents, candidates: Iterable[Fit], metadata: Mapping[str, s
         names, evidence = (told,), [*evidence, f"its metadata says so ({told})"]
     elif {"sd1", "sd2"} <= set(names):
         axes = {len(shape) for one in fitting for shape in _shapes(found, one, ".proj_in", "down")}
-        if len(axes) == 1:
-            names = tuple(name for name in names if name != ("sd2" if axes == {4} else "sd1"))
+        if len(axes) == 1:  # a hint only: converters reshape
+            names = tuple(sorted(names, key=lambda name: name != ("sd1" if axes == {4} else "sd2")))
             evidence = [*evidence, f"proj_in is {'a convolution' if axes == {4} else 'linear'}"]
     return Verdict(names, tuple(evidence))
 

@@ -35,7 +35,7 @@ from sdlora.formats.plan import (
 from sdlora.formats.receipt import Applied, Receipt
 from sdlora.formats.sources import Source, sources_of
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.laws import IA3, Delta
+from sdlora.lowrank.laws import IA3, Delta, OFTv2
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,7 @@ def _open(
             f"{path} holds nothing that can be applied as a LoRA: {len(tensors)} keys such as {', '.join(keys[:2])}; "
             "check that it is a LoRA for Stable Diffusion, and whole"
         )
-    return _Opened(path, sources, headers, planned, metadata, configs or by_component(metadata))
+    return _Opened(path, sources, headers, planned, metadata, configs or by_component(metadata, str(path)))
 
 
 def _led(source: Source, key: str) -> str:
@@ -266,12 +266,15 @@ def _module(opened: _Opened, path: str, keys: Keys, tensors: Mapping[str, Tensor
         alpha = config.alpha_of(path.partition(".")[2], rank)
     if alpha is not None and abs(alpha) > LARGEST_ALPHA:
         raise SdloraError(f"alpha is {alpha:g}, which no training gives; the file is damaged")
+    inner = path.partition(".")[2]
     if config and config.kind == "LOKR" and rank is None and "lokr_w1" in parts:
-        # PEFT scales whole factors too.
-        whole = config.rank or 1
-        parts["lokr_w1"] = parts["lokr_w1"].float() * (config.alpha_of(path.partition(".")[2], whole) / whole)
+        parts["lokr_w1"] = parts["lokr_w1"].float() * config.scale_of(inner)  # PEFT scales whole factors too
+    if config and config.kind == "IA3":
+        parts["by_input"] = config.is_feedforward(inner)
     deltas = build(parts, alpha)
     law = deltas.get("")
+    if config and isinstance(law, OFTv2):
+        deltas[""] = replace(law, peft=True, series=config.series)
     if "ia3_l" in parts and isinstance(law, IA3) and not law.on_input and has_bias(path):
         deltas[".bias"] = law  # PEFT scales what the layer gives, bias and all
     return deltas

@@ -1,6 +1,7 @@
 """Reading: key by key, with a receipt; what cannot be applied is named, what does not belong is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,17 +95,25 @@ def test_unknown_keys_are_named_and_the_rest_is_applied(tmp_path):
     assert "NOT applied: 3 keys not known: emb_params" in receipt.summary()
 
 
-@pytest.mark.parametrize("part", ["dora_scale", "lora_mid.weight", "bias"])
-def test_a_module_with_a_part_of_another_law_is_not_applied_without_it(tmp_path, part):
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ("rescale", "has rescale, which do not belong to its law"),
+        ("scalar", "has scalar, which do not belong to its law"),
+        ("lora_up.weight", r"down \(2, 320\) and up \(3, 4\) are no low-rank pair"),
+        ("lora_mid.weight", r"mid \(320,\) is no core"),
+        ("dora_scale", r"\(3, 4\) is no DoRA magnitude"),
+    ],
+)
+def test_a_module_with_a_part_that_it_cannot_have_is_not_applied_without_it(tmp_path, part, why):
     stem = kohya([QUERY])[QUERY]
     write(attention_lora(sd1()), tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors") | {f"{stem}.{part}": torch.ones(320)}
-    save_file(tensors, tmp_path / "a.safetensors")
+    odd = torch.ones(3, 4) if part in ("dora_scale", "lora_up.weight") else torch.ones(320)
+    save_file(load_file(tmp_path / "a.safetensors") | {f"{stem}.{part}": odd}, tmp_path / "a.safetensors")
     _, receipt = read(tmp_path / "a.safetensors", sd1())
-    assert QUERY not in receipt.applied
-    assert {f"{stem}.{part}", f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} == set(
-        receipt.unknown
-    )
+    assert QUERY not in receipt.applied and len(receipt.applied) == len(attention_lora(sd1()).deltas) - 1
+    (line,) = receipt.incomplete
+    assert re.match(f"{stem} {why}", line)
 
 
 def test_half_a_pair_is_not_applied(tmp_path):
@@ -113,7 +122,30 @@ def test_half_a_pair_is_not_applied(tmp_path):
     del tensors[f"{kohya([QUERY])[QUERY]}.lora_up.weight"]
     save_file(tensors, tmp_path / "a.safetensors")
     _, receipt = read(tmp_path / "a.safetensors", sd1())
-    assert QUERY not in receipt.applied and len(receipt.unknown) == 2
+    assert QUERY not in receipt.applied
+    assert receipt.incomplete == (f"{kohya([QUERY])[QUERY]} lacks up",)
+    assert "NOT applied: 1 modules not whole" in receipt.summary()
+
+
+def test_parts_of_two_laws_in_one_module_are_refused(tmp_path):
+    stem = kohya([QUERY])[QUERY]
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    save_file(
+        load_file(tmp_path / "a.safetensors") | {f"{stem}.diff": torch.ones(320, 320)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(SdloraError, match=f"{stem} has parts of 2 laws: alpha, diff, down, up; delete"):
+        read(tmp_path / "a.safetensors", sd1())
+
+
+def test_half_of_a_file_is_refused_unless_asked_for_in_part(tmp_path):
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    kept = {key: value for key, value in tensors.items() if "up_blocks" not in key or "lora_up" not in key}
+    save_file(kept, tmp_path / "a.safetensors")
+    with pytest.raises(SdloraError, match="can only be applied in part: .* lacks up; .*--partial"):
+        read(tmp_path / "a.safetensors", sd1())
+    _, receipt = read(tmp_path / "a.safetensors", sd1(), partial=True)
+    assert receipt.applied and "in part as asked" in receipt.summary()
 
 
 @pytest.mark.parametrize(
@@ -168,8 +200,6 @@ def damage(path: Path, kind: str) -> None:
         save_file(tensors | {f"{stem}.lora_up.weight": torch.full((320, 2), torch.nan)}, path)
     elif kind == "complex":
         save_file(tensors | {f"{stem}.lora_up.weight": torch.ones(320, 2, dtype=torch.complex64)}, path)
-    elif kind == "pair":
-        save_file(tensors | {f"{stem}.lora_up.weight": torch.ones(320, 3)}, path)
     elif kind == "metadata":
         save_file(tensors, path, {"lora_adapter_metadata": "{"})
     elif kind == "absent":
@@ -182,11 +212,10 @@ def damage(path: Path, kind: str) -> None:
         ("cut short", "damaged or cut short"),
         ("no tensor file", "damaged or cut short"),
         ("empty", "is empty"),
-        ("no LoRA", "nothing that can be applied as a LoRA: 1 keys such as model.diffusion_model.out.2.weight"),
+        ("no LoRA", "is a whole UNet; choose it as the base model"),
         ("alpha", "alpha is no single number"),
         ("nan", "nan or infinite"),
         ("complex", "holds complex64 where numbers with a fraction belong"),
-        ("pair", "no low-rank pair"),
         ("metadata", "damaged lora_adapter_metadata"),
         ("absent", "cannot be read .*check the path"),
     ],
@@ -200,11 +229,19 @@ def test_bad_files_get_one_clear_line(tmp_path, kind, message):
 
 
 @pytest.mark.skipif(not WILD.is_dir(), reason="the folder of files from the wild is not here")
-@pytest.mark.parametrize("name", ["analog_svd_rank4", "lora_disney"])
-def test_lists_of_2022_are_refused_by_name_not_applied_in_part(name):
-    path = WILD / f"{name}.safetensors"
-    with pytest.raises(SdloraError, match=f"nothing that can be applied as a LoRA: {len(load_file(path))} keys"):
-        read(path, sd1())
+@pytest.mark.parametrize(
+    ("name", "rank", "tokens"), [("analog_svd_rank4", 4, ()), ("lora_disney", 1, ("<s1>", "<s2>"))]
+)
+def test_lists_of_2022_are_read_whole(name, rank, tokens):
+    adapter, receipt = read(WILD / f"{name}.safetensors", sd1())
+    assert receipt.complete and receipt.made_for == ("sd1",) and receipt.tokens == tokens
+    assert len(adapter.component("unet")) == 144 and len(adapter.component("text_encoder")) == 48
+    assert {delta.rank for delta in adapter.deltas.values()} == {rank}
+    assert {token: vectors["text_encoder"].shape for token, vectors in adapter.embeddings.items()} == {
+        token: (1, 768) for token in tokens
+    }
+    with pytest.raises(SdloraError, match="is a LoRA for SD 1.x .* the model, which is SDXL"):
+        read(WILD / f"{name}.safetensors", sdxl())
 
 
 def test_one_wrong_shape_among_many_is_told_by_the_receipt(tmp_path):
