@@ -1,0 +1,119 @@
+"""The LoRAs that go into something, as people name them: files with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import SdloraError, nearest
+from sdlora.formats.architectures import LABELS, Architecture, known
+from sdlora.formats.checkpoints import Checkpoint
+from sdlora.formats.read import describe, read
+from sdlora.formats.receipt import Receipt
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.blend import Weights
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or PEFT folder, its weights in the UNet and the text encoders, and factors of blocks by pattern."""
+
+    path: Path
+    unet: float = 1.0
+    text_encoder: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """The weights, for metadata."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder} | ({"blocks": self.blocks} if self.blocks else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A part that is read: its adapter, receipt, and the weights that fit it."""
+
+    part: Part
+    adapter: Adapter
+    receipt: Receipt
+    weights: Weights
+
+
+def parse_part(text: str) -> Part:
+    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER. Colons may stand in a name that ends in .safetensors."""
+    cut = text.lower().rfind(SUFFIX)
+    name, rest = (text[: cut + len(SUFFIX)], text[cut + len(SUFFIX) :]) if cut >= 0 else (text, "")
+    if cut < 0 and not Path(text).exists():
+        name, colon, rest = text.partition(":")
+        rest = colon + rest
+    weights = [_number(text, weight) for weight in rest.split(":")[1:]]
+    if len(weights) > 2 or (rest and not rest.startswith(":")):
+        raise SdloraError(f"{text} is not understood; write FILE:0.8 or FILE:0.8:0.5 (UNet, text encoder)")
+    unet = weights[0] if weights else 1.0
+    return Part(Path(name), unet, weights[1] if len(weights) > 1 else unet)
+
+
+def with_blocks(parts: Sequence[Part], blocks: Sequence[str]) -> list[Part]:
+    """The parts with the factors of FILE=PATTERN:FACTOR, FILE being a part's path, name, or name without the ending."""
+    found = list(parts)
+    for text in blocks:
+        name, _, told = text.rpartition("=")
+        pattern, _, factor = told.rpartition(":")
+        if not (name and pattern):
+            raise SdloraError(f"--block {text} is not understood; write FILE=unet.down_blocks.*:0.5")
+        names = [{str(part.path), part.path.name, part.path.stem} for part in parts]
+        meant = [i for i, known_as in enumerate(names) if name in known_as]
+        if len(meant) != 1:
+            why = f"names {len(meant)} of the files" if meant else "names none of the files"
+            raise SdloraError(f"--block {text} {why}{nearest(name, [part.path.stem for part in parts])}")
+        part = found[meant[0]]
+        found[meant[0]] = replace(part, blocks={**part.blocks, pattern: _number(text, factor)})
+    return found
+
+
+def open_parts(parts: Sequence[Part], base: Checkpoint | None = None) -> list[Opened]:
+    """Read the parts for the base's architecture, else for the one that all are made for.
+
+    SdloraError: none are given, one cannot be read, or they are for several architectures.
+    """
+    if not parts:
+        raise SdloraError("no LoRA is given; name at least one file")
+    architecture = base.architecture if base else _shared([describe(part.path) for part in parts])
+    opened = []
+    for part in parts:
+        adapter, receipt = read(part.path, architecture)
+        opened.append(Opened(part, adapter, receipt, _weights(part, adapter)))
+    return opened
+
+
+def _shared(receipts: Sequence[Receipt]) -> Architecture | None:
+    """The architecture that all are made for; None where the first fits none, so that reading it says why."""
+    if not receipts[0].made_for:
+        return None
+    shared = [name for name in receipts[0].made_for if all(name in one.made_for for one in receipts if one.made_for)]
+    if not shared:
+        other = next(one for one in receipts if one.made_for and not {*one.made_for} & {*receipts[0].made_for})
+        here, there = (LABELS[one.made_for[0]] for one in (receipts[0], other))
+        raise SdloraError(
+            f"{receipts[0].path} is for {here} and {other.path} for {there}; take LoRAs of one base model"
+        )
+    return next(one for one in known() if one.name == shared[0])
+
+
+def _weights(part: Part, adapter: Adapter) -> Weights:
+    components = {"unet": part.unet} if adapter.component("unet") else {}
+    return Weights(part.text_encoder, components, part.blocks)
+
+
+def _number(text: str, weight: str) -> float:
+    try:
+        number = float(weight)
+    except ValueError:
+        number = float("nan")
+    if not isfinite(number):
+        raise SdloraError(f"{text}: {weight!r} is no weight; write a number, as in FILE:0.8 or FILE:0.8:0.5")
+    return number

@@ -1,0 +1,55 @@
+"""Resizing a file: the same LoRA with fewer ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from sdlora.formats.checkpoints import Checkpoint
+from sdlora.formats.read import read
+from sdlora.formats.write import dtype_of, write
+from sdlora.lowrank.resize import resize
+from sdlora.lowrank.truncation import Keep, Kept
+from sdlora.workbench.output import Step, bases_of, lasting, refuse_place
+
+RECORD = "sdlora.resized"
+
+
+def resize_file(
+    source: Path,
+    output: Path,
+    keep: Keep,
+    base: Checkpoint | None = None,
+    naming: str = "kohya",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Generator[Step, None, dict[str, Kept]]:
+    """Write a LoRA with the ranks that `keep` leaves; yields after each parameter. The value is what those kept.
+
+    base: the model, needed for laws that depend on its weights. dtype: None for the source's, or float32 if it has
+    several. Metadata stays, with a record of the source's hash. Output and source may be the same, given `overwrite`.
+    SdloraError: the output is in the way, or the file cannot be read or resized.
+    """
+    refuse_place(output, naming, overwrite)
+    adapter, receipt = read(source, base.architecture if base else None)
+    kept: dict[str, Kept] = {}
+    work = resize(adapter, keep, bases_of(base))
+    done = 0
+    while True:
+        try:
+            outcome = next(work)
+        except StopIteration as end:
+            small = end.value
+            break
+        done += 1
+        if outcome.kept is not None:
+            kept[outcome.path] = outcome.kept
+        yield Step(done, len(adapter.deltas), outcome.path, outcome.kept)
+    record = {"source": source.name, "sha256": receipt.sha256, "keep": asdict(keep)}
+    metadata = lasting(adapter.metadata) | {RECORD: json.dumps(record, ensure_ascii=False)}
+    write(replace(small, metadata=metadata), output, naming, dtype or dtype_of(adapter), overwrite)
+    return kept
