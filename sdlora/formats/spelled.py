@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]  # of one delta: suffix -> tensor
 # What these hold is what PEFT's LoRA holds: diffusers hands all that it reads to PEFT.
 PLAIN = ("diffusers", "peft")
 OF_PLAIN = {"down": "lora_A.weight", "up": "lora_B.weight"}
-# PEFT drops the last word on disk; transformers, to which diffusers hands the text encoders' keys as they are, wants it.
+# PEFT drops the last word on disk; transformers, which diffusers hands the text encoders' keys as they are, wants it.
 MAGNITUDES = {"peft": "lora_magnitude_vector", "diffusers": "lora_magnitude_vector.weight"}
 BIAS = ".bias"
 

@@ -1,0 +1,107 @@
+"""Converting: a LoRA of any kind, written anew in another naming, dtype or law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import SdloraError
+from sdlora.formats.architectures import Architecture, known
+from sdlora.formats.read import read
+from sdlora.formats.receipt import Receipt
+from sdlora.formats.spelled import BIAS
+from sdlora.formats.write import dtype_of, write
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import Delta, Full, LowRank
+from sdlora.lowrank.laws.delta import Shape
+from sdlora.lowrank.truncation import Keep, Kept, as_low_rank
+
+SOURCE, SOURCE_HASH = "sdlora_converted_from", "sdlora_converted_from_sha256"
+# Hashes of the content of the source, which are wrong in any other file. `write` tells the new one.
+STALE = ("sshs_legacy_hash", "modelspec.hash_sha256")
+
+Base = Callable[[str], Tensor]  # parameter -> the untouched weight or bias
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What became of a file. receipt: of the source; kept: of each change that was made plain LoRA, by its path."""
+
+    receipt: Receipt
+    kept: Mapping[str, Kept]
+    output: Path
+
+
+def convert(
+    source: Path | str,
+    output: Path | str,
+    naming: str,
+    dtype: torch.dtype | None = None,
+    to_lora: Keep | None = None,
+    base: Base | None = None,
+    architecture: Architecture | None = None,
+    partial: bool = False,
+) -> Conversion:
+    """Read a LoRA and write it in a naming (see `write`); source and output may be the same.
+
+    dtype: None for that of the source, if all its factors share one that can be written, else float32.
+    to_lora: make changes of other laws plain LoRA, at the ranks that it keeps; plain LoRA stays as it is.
+    base: the base model's weights, such as `open_checkpoint(...).tensor`; laws that depend on them need it.
+    architecture, partial: as for `read`. What does not apply is in the receipt and is not written.
+    SdloraError: what `read` and `write` refuse, and laws that need a base where none is given.
+    """
+    adapter, receipt = read(source, architecture, partial)
+    dtype = dtype or dtype_of(adapter)
+    kept: dict[str, Kept] = {}
+    if to_lora:
+        architecture = architecture or next(one for one in known() if one.name == receipt.made_for[0])
+        adapter, kept = plain(adapter, architecture, to_lora, base)
+    metadata = {name: text for name, text in adapter.metadata.items() if name not in STALE}
+    if kept:  # they tell of the law that was
+        metadata.pop("ss_network_args", None)
+    metadata |= {SOURCE: receipt.path.name, SOURCE_HASH: receipt.sha256}
+    write(replace(adapter, metadata=metadata), output, naming, dtype)
+    return Conversion(receipt, kept, Path(output))
+
+
+def plain(
+    adapter: Adapter, architecture: Architecture, keep: Keep, base: Base | None = None
+) -> tuple[Adapter, dict[str, Kept]]:
+    """The adapter with every change of a weight as plain LoRA, and what those kept that were not.
+
+    Norms and biases have no low-rank form; changes of them that depend on the base are written out whole.
+    SdloraError: a law needs the base's weights, and none are given or it has none of that name.
+    """
+    deltas: dict[str, Delta] = {}
+    kept = {}
+    for parameter, delta in adapter.deltas.items():
+        shape = architecture.shape_of(parameter)
+        assert shape is not None  # `read` has fitted it
+        try:
+            deltas[parameter], lost = _plain(parameter, delta, shape, keep, base)
+        except SdloraError as error:
+            raise SdloraError(f"{parameter}: {error}") from error
+        if lost:
+            kept[parameter] = lost
+    return replace(adapter, deltas=deltas), kept
+
+
+def _plain(parameter: str, delta: Delta, shape: Shape, keep: Keep, base: Base | None) -> tuple[Delta, Kept | None]:
+    if isinstance(delta, LowRank) and delta.mid is None:
+        return delta, None
+    weight = None if delta.linear or base is None else _weight(parameter, base)
+    if len(shape) > 1:
+        return as_low_rank(delta, shape, keep, weight)
+    return (delta if weight is None else Full(delta.weight(weight))), None
+
+
+def _weight(parameter: str, base: Base) -> Tensor:
+    try:
+        return base(parameter)
+    except KeyError as error:
+        what = "bias" if parameter.endswith(BIAS) else "weight"
+        raise SdloraError(f"the base model has no such {what}; give the model that the LoRA was made for") from error
