@@ -216,7 +216,7 @@ def damage(path: Path, kind: str) -> None:
         ("alpha", "alpha is no single number"),
         ("nan", "nan or infinite"),
         ("complex", "holds complex64 where numbers with a fraction belong"),
-        ("metadata", "damaged lora_adapter_metadata"),
+        ("metadata", "lora_adapter_metadata"),
         ("absent", "cannot be read .*check the path"),
     ],
 )
@@ -301,5 +301,5 @@ def test_metadata_bombs_do_not_go_off(tmp_path, metadata):
     if "ss_tag_frequency" in metadata:
         assert read(tmp_path / "a.safetensors", sd1())[1].trigger_words == ()
     else:
-        with pytest.raises(SdloraError, match="damaged lora_adapter_metadata"):
+        with pytest.raises(SdloraError, match="lora_adapter_metadata.*save it again"):
             read(tmp_path / "a.safetensors", sd1())
