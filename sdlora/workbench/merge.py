@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -22,7 +22,7 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.laws.delta import times
 
-Weight = float | Callable[[str], float]
+Weights = float | Mapping[str, float]
 # Asked for by torch's dtype: as headers call it.
 WRITTEN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 WEIGHT_FILES = (".safetensors", ".msgpack", ".h5", ".onnx", *PICKLES)
@@ -33,22 +33,25 @@ RECORD = "sdlora.merged"
 
 @dataclass(frozen=True, eq=False)
 class Parent:
-    """An adapter to merge. weight: for all parameters, or for each by its path.
+    """An adapter to merge.
 
+    weights: one for all its parameters, or each one's by its path (as `Weights.of` of sdlora.lowrank.blend gives them).
     name and sha256, of its file, go into the metadata of what is made.
     """
 
     adapter: Adapter
-    weight: Weight = 1.0
+    weights: Weights = 1.0
     name: str = "LoRA"
     sha256: str = ""
 
-    def weight_of(self, path: str) -> float:
-        """The weight of one parameter; SdloraError where it is no finite number."""
-        weight = self.weight(path) if callable(self.weight) else self.weight
-        if not isfinite(weight):
-            raise SdloraError(f"{self.name}: the weight {weight} of {path} is no finite number")
-        return float(weight)
+    def by_path(self) -> dict[str, float]:
+        """The weight of each parameter; SdloraError where one is no finite number."""
+        told = self.weights
+        weights = {path: told[path] if isinstance(told, Mapping) else told for path in self.adapter.deltas}
+        odd = next((weight for weight in weights.values() if not isfinite(weight)), None)
+        if odd is not None:
+            raise SdloraError(f"{self.name}: the weight {odd} is no finite number")
+        return weights
 
 
 class Progress(NamedTuple):
@@ -144,7 +147,7 @@ def _touched(base: Checkpoint, parents: Sequence[Parent]) -> Touched:
     """What changes each tensor of the base's files; SdloraError where a parent does not belong to the base."""
     terms: dict[str, Terms] = defaultdict(list)
     for parent in parents:
-        weights = {path: parent.weight_of(path) for path in parent.adapter.deltas}
+        weights = parent.by_path()
         deltas = {path: delta for path, delta in parent.adapter.deltas.items() if weights[path]}
         _refuse_absent(base, parent.name, deltas)
         _refuse_misfits(base, parent.name, deltas)
@@ -247,15 +250,14 @@ def _metadata(file: Path, parents: Sequence[Parent]) -> dict[str, str]:
         earlier = list(json.loads(told.get(RECORD, "[]")))
     except (ValueError, TypeError, RecursionError):
         earlier = []
-    record = [{"name": one.name, "sha256": one.sha256, "weights": _weights(one)} for one in parents]
+    record = [{"name": one.name, "sha256": one.sha256, "weights": _told(one)} for one in parents]
     return {"format": "pt", **told, RECORD: json.dumps([*earlier, *record], ensure_ascii=False)}
 
 
-def _weights(parent: Parent) -> dict[str, float]:
+def _told(parent: Parent) -> dict[str, float]:
     """By component; or by parameter, in a component of which the parameters have several weights."""
-    weights = {path: parent.weight_of(path) for path in parent.adapter.deltas}
     by_component: dict[str, dict[str, float]] = defaultdict(dict)
-    for path, weight in weights.items():
+    for path, weight in parent.by_path().items():
         by_component[path.partition(".")[0]][path] = weight
     told: dict[str, float] = {}
     for component, inner in by_component.items():
