@@ -1,13 +1,13 @@
 """The command line: verbs over the functions that do the work. What is heavy is imported where it is used."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from sdlora import __version__
-from sdlora.cli import making
+from sdlora.cli import files, making
 from sdlora.errors import SdloraError
 
 app = App(
@@ -20,9 +20,20 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-for verb in (making.train, making.generate, making.demo):
-    app.command(verb)
-app.command(making.web_app, name="app")
+VERBS: dict[str, Callable[..., None]] = {
+    "train": making.train,
+    "generate": making.generate,
+    "app": making.web_app,
+    "demo": making.demo,
+    "inspect": files.inspect,
+    "convert": files.convert,
+    "blend": files.blend,
+    "resize": files.resize,
+    "extract": files.extract,
+    "merge": files.merge,
+}
+for name, verb in VERBS.items():
+    app.command(verb, name=name)
 
 FAILED, INTERRUPTED = 2, 130  # exit codes
 
@@ -41,5 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _exit(code: int, why: str) -> NoReturn:
-    print("sdlora:", " ".join(why.split()), file=sys.stderr)
+    from sdlora.cli.show import escaped
+
+    print("sdlora:", escaped(" ".join(why.split())), file=sys.stderr)
     sys.exit(code)
