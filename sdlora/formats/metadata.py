@@ -15,6 +15,8 @@ _BASES = {
 }
 _BASE_NAMES = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 SHOWN_TAGS = 8
+MOST_WORDS = 50  # of a trigger phrase
+LONGEST = 200  # characters of one tag or name
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,26 @@ def to_metadata(facts: TrainingFacts) -> dict[str, str]:
 
 def base_model(metadata: Mapping[str, str]) -> str:
     """The model that a LoRA was trained on as its metadata names it, "" where it does not. Shown, never followed."""
-    return next((metadata[name] for name in _BASE_NAMES if metadata.get(name, "").strip()), "")[:200]
+    names = (_shown(metadata.get(name, "")) for name in _BASE_NAMES)
+    return next((name for name in names if name), "")
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
     """How often each part of the captions between commas occurs, the most frequent first."""
     tags = (tag.strip() for caption in captions for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag).most_common())
+
+
+def tags(metadata: Mapping[str, str]) -> dict[str, int]:
+    """How often each tag stood in the captions of a training, the most frequent first; damaged metadata has none."""
+    counts = Counter[str]()
+    try:
+        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            for tag, count in folder.items():
+                counts[_shown(tag)] += int(count)
+    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
+        return {}
+    return {tag: count for tag, count in counts.most_common() if tag and count > 0}
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -79,13 +94,15 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """
     phrase = metadata.get("modelspec.trigger_phrase", "")
     if phrase.strip():
-        return tuple(word.strip() for word in phrase.split(",") if word.strip())
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}")).values()
-        counts = Counter[str]()
-        for folder in folders:
-            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
-        most = max(counts.values(), default=0)
-    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
-        return ()
-    return tuple(tag for tag, count in counts.most_common(SHOWN_TAGS) if tag and most > 1 and 2 * count >= most)
+        words = (_shown(word) for word in phrase.split(",", MOST_WORDS)[:MOST_WORDS])
+        return tuple(word for word in words if word)
+    counts = tags(metadata)
+    most = max(counts.values(), default=0)
+    return tuple(tag for tag, count in list(counts.items())[:SHOWN_TAGS] if most > 1 and 2 * count >= most)
+
+
+def _shown(text: str) -> str:
+    """On one line, not endless, and without what moves a terminal's cursor or colours what follows."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * LONGEST]).split())[
+        :LONGEST
+    ]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdlora.formats.metadata import TrainingFacts, to_metadata, trigger_words
+from sdlora.formats.metadata import TrainingFacts, base_model, tags, to_metadata, trigger_words
 
 FACTS = TrainingFacts(
     title="zib",
@@ -43,3 +43,47 @@ def test_metadata_is_what_kohya_and_the_modelspec_call_it():
 )
 def test_trigger_words(metadata, words):
     assert trigger_words(metadata) == words
+
+
+def test_tags_are_counted_over_all_folders_the_most_frequent_first():
+    folders = {"10_zib": {"snow": 2, " zib": 5}, "reg": {"zib ": 4, "sea": 1, "": 3, "gone": 0}}
+    assert list(tags({"ss_tag_frequency": json.dumps(folders)}).items()) == [("zib", 9), ("snow", 2), ("sea", 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        "3",
+        '{"a": 3}',
+        '{"a": {"b": "many"}}',
+        '{"a": {"b": Infinity}}',
+        '{"a": {"b": null}}',
+        "[" * 100_000,
+    ],
+)
+def test_damaged_tags_are_none(text):
+    assert tags({"ss_tag_frequency": text}) == {} and trigger_words({"ss_tag_frequency": text}) == ()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"ss_sd_model_name": "dreamy.safetensors", "ss_base_model_version": "sd_v1"}, "dreamy.safetensors"),
+        ({"ss_sd_model_name": " ", "ss_base_model_version": "sdxl_base_v1-0"}, "sdxl_base_v1-0"),
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "stable-diffusion-v1/lora"),
+        ({}, ""),
+    ],
+)
+def test_the_base_model_is_the_first_that_is_named(metadata, name):
+    assert base_model(metadata) == name
+
+
+def test_what_is_shown_fits_a_line_and_cannot_steer_a_terminal():
+    hostile = "zib\x1b[2J\n\x9b31m" + "y" * 100_000
+    assert base_model({"ss_sd_model_name": hostile}).startswith("zib [2J 31m")
+    assert len(base_model({"ss_sd_model_name": hostile})) == 200
+    (tag,) = tags({"ss_tag_frequency": json.dumps({"a": {hostile: 2}})})
+    words = trigger_words({"modelspec.trigger_phrase": ",".join([hostile] * 1000)})
+    assert set(words) == {tag} and len(words) == 50 and tag.isprintable() and len(tag) == 200
