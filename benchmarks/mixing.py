@@ -26,6 +26,7 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import LowRank
 from sdlora.lowrank.targets import modules_of
 from sdlora.mixing.mixer import Mixer
+from sdlora.models.load import load_pipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 State = Callable[[], AbstractContextManager[None]]  # brings the UNet into a state, and back
@@ -35,7 +36,9 @@ def pipeline_of(widths: tuple[int, ...]) -> StableDiffusionPipeline:
     """A pipeline that has what a mixer works on: a UNet, and a text encoder that no LoRA here touches."""
     text = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
     unet = UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=768).eval().requires_grad_(False)
-    return StableDiffusionPipeline(None, text, None, unet, None, None, None, requires_safety_checker=False)  # type: ignore[arg-type]
+    return StableDiffusionPipeline(
+        None, text, load_pipeline("toybox").tokenizer, unet, None, None, None, requires_safety_checker=False
+    )  # type: ignore[arg-type]
 
 
 def adapter_of(unet: UNet2DConditionModel, rank: int, seed: int) -> Adapter:
