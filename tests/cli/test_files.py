@@ -1,4 +1,4 @@
-"""The verbs over files, each once from end to end: what they write is read again and held against the sum in float64."""
+"""The verbs over files, each once from end to end: what they write is read again and held against float64 sums."""
 
 import json
 import subprocess

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdlora.cli import main
 from tests.tiny import tiny_folder
@@ -60,6 +62,45 @@ WRONG = {
     "app --model no-such-model": ["no-such-model"],
     "app --port abc": ["--port", "abc"],
     "app --port 99999": ["99999", "65535"],
+    "inspect": ["no LoRA", "name"],
+    "inspect missing.safetensors": ["missing.safetensors"],
+    "inspect short.safetensors --header": ["short.safetensors"],
+    "inspect lora.safetensors --base no-such-model": ["no-such-model"],
+    "inspect lora.safetensors --base tiny": ["lora.safetensors", "SD 1.x"],
+    "convert": ["file"],
+    "convert lora.safetensors": ["-o"],
+    "convert lora.safetensors -o lora.safetensors": ["lora.safetensors", "--overwrite"],
+    "convert lora.safetensors -o new.safetensors --naming koyha": ["koyha", "kohya"],
+    "convert lora.safetensors -o new.safetensors --dtype float61": ["float61", "float16"],
+    "convert lora.safetensors -o new.safetensors --naming peft": ["new.safetensors", "folder"],
+    "convert lora.safetensors -o new --naming diffusers": ["new", ".safetensors"],
+    "convert lora.safetensors -o new.safetensors --rank 4": ["--rank", "--to-lora"],
+    "convert missing.safetensors -o new.safetensors": ["missing.safetensors"],
+    "blend": ["-o"],
+    "blend -o new.safetensors": ["no LoRA"],
+    "blend lora.safetensors:abc -o new.safetensors": ["'abc'", "weight"],
+    "blend lora.safetensors:nan -o new.safetensors": ["'nan'", "weight"],
+    "blend lora.safetensors:1:2:3 -o new.safetensors": ["lora.safetensors:1:2:3"],
+    "blend lora.safetensors -o lora.safetensors": ["lora.safetensors", "--overwrite"],
+    "blend lora.safetensors -o new.safetensors --method tyes": ["tyes", "ties"],
+    "blend lora.safetensors -o new.safetensors --density 0": ["density", "0"],
+    "blend lora.safetensors -o new.safetensors --rank 0": ["rank", "0"],
+    "blend lora.safetensors -o new.safetensors --block unet.*:1": ["--block", "FILE="],
+    "blend lora.safetensors -o new.safetensors --block other=unet.*:1": ["other", "none of the files"],
+    "blend lora.safetensors -o new.safetensors --block lora=text_encoder.*:1": ["text_encoder.*"],
+    "blend lora.safetensors xl.safetensors -o new.safetensors": ["SD 1.x", "SDXL"],
+    "resize lora.safetensors -o new.safetensors": ["--rank", "--ratio"],
+    "resize lora.safetensors -o new.safetensors --rank 1.5": ["--rank", "1.5"],
+    "resize lora.safetensors -o new.safetensors --ratio 2 --frobenius 0.5": ["ratio", "frobenius"],
+    "resize lora.safetensors -o new.safetensors --frobenius 2": ["frobenius", "2"],
+    "extract tiny -o new.safetensors": ["--base"],
+    "extract tiny --base tiny -o new.safetensors": ["nothing to extract"],
+    "extract tiny --base tiny -o new.safetensors --component unett": ["unett", "unet"],
+    "extract tiny --base toybox -o new.safetensors": ["two kinds"],
+    "extract hollow --base tiny -o new.safetensors": ["hollow", "model_index.json"],
+    "merge lora.safetensors -o new": ["--base"],
+    "merge --base tiny -o new": ["no LoRA"],
+    "merge lora.safetensors --base tiny -o new": ["lora.safetensors", "SD 1.x"],
 }
 
 
@@ -79,7 +120,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "typo.toml").write_text("ranke = 4")
     (folder / "short.safetensors").write_bytes(b"\x00\x01\x00\x00\x00\x00\x00\x00{")
     (folder / "notes:from:me.safetensors").write_text("this is no LoRA")
+    _lora(folder / "lora.safetensors", 768)
+    _lora(folder / "xl.safetensors", 2048)
     return folder
+
+
+def _lora(path: Path, width: int) -> None:
+    block = "input_blocks_4_1" if width == 2048 else "input_blocks_1_1"
+    name = f"lora_unet_{block}_transformer_blocks_0_attn2_to_k"
+    out = 640 if width == 2048 else 320
+    save_file({f"{name}.lora_up.weight": torch.ones(out, 1), f"{name}.lora_down.weight": torch.ones(1, width)}, path)
 
 
 def _content(folder: Path) -> dict[str, int]:

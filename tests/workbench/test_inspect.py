@@ -1,0 +1,56 @@
+"""Norms by block and tags, from what a file tells."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdlora.formats.names import kohya
+from sdlora.workbench.inspect import by_block, inspect, tags_of
+
+
+def test_squares_of_norms_add_within_a_block_and_blocks_come_in_the_model_s_order() -> None:
+    norms = {
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": 7.0,
+        "unet.conv_in": 5.0,
+        "unet.up_blocks.0.resnets.0.conv1": 1.0,
+        "unet.mid_block.attentions.0.proj_in": 2.0,
+        "unet.down_blocks.1.resnets.0.conv1": 3.0,
+        "unet.down_blocks.1.resnets.0.conv1.bias": 4.0,
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1": 6.0,
+    }
+    assert list(by_block(norms).items()) == [
+        ("unet down 1", 5.0),
+        ("unet mid", 2.0),
+        ("unet up 0", 1.0),
+        ("unet rest", 5.0),
+        ("text_encoder", 6.0),
+        ("text_encoder_2", 7.0),
+    ]
+
+
+def test_tags_of_all_folders_are_counted_together() -> None:
+    told = json.dumps({"1_a": {"cat": 2, " dog": 9}, "2_b": {"cat": 8}})
+    assert list(tags_of({"ss_tag_frequency": told}).items()) == [("cat", 10), ("dog", 9)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"b": "c"}}', '{"a": {"b": 1e999}}', "[" * 10000])
+def test_damaged_tags_are_none(text: str) -> None:
+    assert tags_of({"ss_tag_frequency": text}) == {}
+
+
+def test_a_law_that_needs_the_base_is_named_where_there_is_none(tmp_path: Path) -> None:
+    first, second = (f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_{one}" for one in "qk")
+    names = kohya([first, second])
+    tensors = {
+        f"{names[first]}.weight": torch.ones(1280),
+        f"{names[first]}.on_input": torch.tensor(1.0),
+        f"{names[second]}.diff": torch.full((1280, 1280), 0.5),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"})
+    found = inspect(tmp_path / "a.safetensors")
+    assert found.norms == pytest.approx({second: 640.0})
+    assert list(found.unmeasured) == [first] and "depends on the weights of the base model" in found.unmeasured[first]
+    assert inspect(tmp_path / "a.safetensors", header_only=True).unmeasured == {}
