@@ -1,7 +1,7 @@
 """Extracting: what a tuned model learned beyond its base, as a LoRA, module after module."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,17 +15,9 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, Full
 from sdlora.lowrank.laws.delta import matches, times
 from sdlora.lowrank.truncation import Keep, Kept, decompose
+from sdlora.workbench.output import Step
 
 RECORD = "sdlora.extracted"
-
-
-class Step(NamedTuple):
-    """done of total modules are compared; kept: what `path`, the last, kept of its change, None where it has none."""
-
-    done: int
-    total: int
-    path: str
-    kept: Kept | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +65,7 @@ def extract(
             deltas[path], kept[path] = decompose(change, keep, clamp, dtype)
         yield Step(done, len(modules), path, kept.get(path))
     left = []
-    for path, change in _other_changes(base, tuned, chosen, modules):
+    for path, change in _other_changes(base, tuned, chosen, set(modules)):
         if whole and change is not None and ".embeddings." not in path:
             deltas[path] = Full(change.to(dtype))
         else:
@@ -124,7 +116,7 @@ def _modules(base: Checkpoint, tuned: Checkpoint, components: Sequence[str]) -> 
 
 
 def _other_changes(
-    base: Checkpoint, tuned: Checkpoint, components: Sequence[str], modules: Sequence[str]
+    base: Checkpoint, tuned: Checkpoint, components: Sequence[str], modules: Collection[str]
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Everything else that differs, with the change; None where the models have it in two shapes, or one lacks it."""
     for path in dict.fromkeys((*base.parameters, *tuned.parameters)):

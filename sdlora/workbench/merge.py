@@ -21,13 +21,12 @@ from sdlora.formats.stream import replacing, write_stream
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.laws.delta import times
+from sdlora.workbench.output import lasting
 
 Weights = float | Mapping[str, float]
 # Asked for by torch's dtype: as headers call it.
 WRITTEN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 WEIGHT_FILES = (".safetensors", ".msgpack", ".h5", ".onnx", *PICKLES)
-# What metadata says of the base's content alone.
-HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 RECORD = "sdlora.merged"
 
 
@@ -245,7 +244,7 @@ def _rounded(exact: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 def _metadata(file: Path, parents: Sequence[Parent]) -> dict[str, str]:
     """What the file's metadata said, less what is no longer true, and what went into the merge."""
     with safe_open(file, framework="pt") as opened:
-        told = {name: text for name, text in (opened.metadata() or {}).items() if name not in HASHES}
+        told = lasting(opened.metadata() or {})
     try:
         earlier = list(json.loads(told.get(RECORD, "[]")))
     except (ValueError, TypeError, RecursionError):
