@@ -51,7 +51,7 @@ class Kind:
 
 
 # The more special a row, the higher: of those that a file speaks for, the first counts.
-# In forms attn1 and attn2 are attnA and attnB, because the number tells models apart.
+# In forms of transformers attn1 and attn2 are attnA and attnB, because the number tells models apart.
 KINDS = (
     Kind("a ControlNet", ("lllite_",), whole="a ControlNet-LLLite"),
     Kind(
@@ -232,8 +232,10 @@ def _small(tensors: Mapping[str, Spec]) -> Foreign | None:
 
 def _forms(names: Mapping[str, Spec]) -> Counter[str]:
     """How many names there are of each form; of files that are made to be slow, the most frequent forms."""
-    text = "\n".join(names).replace("attn1", "attnA").replace("attn2", "attnB")
-    text = text.replace("transformer.blocks", "blocks")  # is not transformer_blocks
+    text = "\n".join(names)
+    if not any(block in text for block in ("down_blocks", "up_blocks", "input_blocks", "output_blocks")):
+        # Transformers: which attention it is tells them apart, and "transformer.blocks" is not "transformer_blocks".
+        text = text.replace("attn1", "attnA").replace("attn2", "attnB").replace("transformer.blocks", "blocks")
     forms = Counter(text.encode().translate(_SEPARATORS, _DIGITS).decode().split("\n"))
     return forms if len(forms) <= MOST_FORMS else Counter(dict(forms.most_common(MOST_FORMS)))
 
