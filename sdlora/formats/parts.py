@@ -209,5 +209,5 @@ def _scale(delta: Delta) -> float:
 
 
 def _or_rank(alpha: float | None, narrow: tuple[int, ...]) -> float:
-    """Without an alpha the scale is 1."""
-    return float(narrow[0]) if alpha is None else alpha
+    """Without an alpha the scale is 1. A factor that is a single number has no rank, and its law refuses it."""
+    return float((*narrow, 1)[0]) if alpha is None else alpha

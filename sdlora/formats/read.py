@@ -36,6 +36,7 @@ from sdlora.formats.receipt import Applied, Receipt
 from sdlora.formats.sources import Source, sources_of
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Delta, OFTv2
+from sdlora.lowrank.laws.delta import times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,7 +282,7 @@ def _module(opened: _Opened, path: str, keys: Keys, tensors: Mapping[str, Tensor
 
 
 def _number(key: str, value: Tensor) -> float:
-    if value.numel() != 1:
+    if value.numel() != 1 or value.is_complex():
         raise SdloraError(f"{key} is no single number; the file is damaged")
     number = float(value.item())
     if not isfinite(number):
@@ -311,10 +312,11 @@ def _embeddings(
         for component, key in keys.items():
             width = architecture.norms.get(TEXT_ENCODER_WIDTH.format(component), (0,))[0]
             vectors = _checked(key, tensors[key])
-            if vectors.dim() in (1, 2) and vectors.shape[-1] == width:
+            if vectors.dim() in (1, 2) and vectors.numel() and vectors.shape[-1] == width:
                 found.setdefault(token, {})[component] = vectors.reshape(-1, width)
             else:
-                odd.append(f"token {token} ({key} has {vectors.shape[-1]} numbers, the model's {component} {width})")
+                told = times(vectors.shape) or "a single number"
+                odd.append(f"token {token} ({key} is {told}, the model's {component} takes {width})")
     return found, odd
 
 
