@@ -1,7 +1,7 @@
-"""Written files are what other programs read: diffusers is the oracle; and they are whole or not there."""
+"""Written files tell what others show, are whole or not there, and hold all or are refused."""
 
 import hashlib
-from collections.abc import Callable
+import json
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from safetensors import safe_open
 from sdlora.errors import SdloraError
 from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
-from sdlora.mixing.mixer import Mixer
-from sdlora.models.families import components_of, family_of
+from sdlora.lowrank.laws import DoRA, LowRank
+from sdlora.models.families import components_of
 from tests.conftest import random_adapter
 from tests.tiny import tiny_pipeline
 
@@ -21,39 +21,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "
 def attention_adapter(kind: str) -> Adapter:
     adapter = random_adapter(components_of(tiny_pipeline(kind)), seed=3)
     return Adapter({path: delta for path, delta in adapter.deltas.items() if path.endswith(ATTENTION)})
-
-
-def full_adapter(kind: str) -> Adapter:
-    return random_adapter(components_of(tiny_pipeline(kind)), seed=3)
-
-
-@torch.no_grad()
-def outputs(pipeline) -> list[torch.Tensor]:
-    """Conditioning of two captions and the UNet's prediction from it."""
-    family = family_of(pipeline)
-    told = family.encode(pipeline, ["a red cat", "zib on a beach"])
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return [*told.values(), family.predict(pipeline.unet, latents, torch.tensor([10, 500]), told, None)]
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("make", [attention_adapter, full_adapter])
-def test_diffusers_makes_the_same_of_a_file_as_the_mixer(tmp_path, kind, naming, make: Callable[[str], Adapter]):
-    path = tmp_path / "a.safetensors"
-    deltas = dict(make(kind).deltas)
-    if naming == "kohya":  # diffusers 0.42 takes apart the kohya name of SDXL's added embedding wrongly
-        deltas = {path: delta for path, delta in deltas.items() if "add_embedding" not in path}
-    write(Adapter(deltas), path, naming)
-    ours, theirs = tiny_pipeline(kind), tiny_pipeline(kind)
-    base = outputs(ours)
-    mixer = Mixer(ours)
-    assert mixer.load(path, "a").complete
-    mixer.set({"a": 1.0})
-    theirs.load_lora_weights(str(path))
-    for without, mixed, oracle in zip(base, outputs(ours), outputs(theirs), strict=True):
-        assert (without - mixed).abs().max() > 1e-3, "the LoRA has no effect"
-        assert (mixed - oracle).abs().max() <= 1e-5
 
 
 def test_the_first_encoder_of_two_is_named_so_even_alone(tmp_path):
@@ -96,3 +63,77 @@ def test_what_cannot_be_written_is_refused(tmp_path, adapter, naming, message):
     with pytest.raises(SdloraError, match=message):
         write(adapter, tmp_path / "a.safetensors", naming)
     assert not list(tmp_path.iterdir())
+
+
+QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def small(value: float = 1.0) -> Adapter:
+    return Adapter({QUERY: LowRank(torch.full((2, 320), value), torch.ones(320, 2), 0.1)})
+
+
+def test_what_16_bits_cannot_hold_is_refused_by_name(tmp_path):
+    with pytest.raises(SdloraError, match=r"attn1_to_q\.lora_down\.weight has values that float16 cannot hold"):
+        write(small(1e5), tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    write(small(1e5), tmp_path / "a.safetensors", dtype=torch.bfloat16)
+
+
+def test_alphas_keep_their_digits_in_16_bits(tmp_path):
+    write(small(), tmp_path / "a.safetensors", dtype=torch.float16)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        alpha = next(file.get_tensor(key) for key in file.keys() if key.endswith(".alpha"))
+    assert alpha.dtype == torch.float32 and alpha == torch.tensor(0.1)
+
+
+def test_magnitudes_beside_plain_lora_are_refused_in_pefts_names(tmp_path):
+    plain = small().deltas[QUERY]
+    mixed = {QUERY: plain, QUERY.replace("to_q", "to_k"): DoRA(plain, torch.ones(320))}
+    for naming in ("peft", "diffusers"):
+        with pytest.raises(SdloraError, match=r"\(lora \+ dora\) beside others without a magnitude.*choose kohya"):
+            write(Adapter(mixed), tmp_path / "a", naming)
+    write(Adapter(mixed), tmp_path / "a.safetensors")
+
+
+def test_learned_tokens_are_refused_where_they_have_no_name(tmp_path):
+    adapter = Adapter(small().deltas, embeddings={"zib": {"text_encoder": torch.ones(1, 768)}})
+    with pytest.raises(SdloraError, match=r"learned tokens \(zib\)"):
+        write(adapter, tmp_path / "a.safetensors", "diffusers")
+
+
+def test_a_folder_replaces_a_lora_and_nothing_else(tmp_path):
+    write(small(), tmp_path / "lora", "peft")
+    (tmp_path / "lora" / "text_encoder").mkdir()
+    (tmp_path / "lora" / "text_encoder" / "adapter_config.json").write_text("{}")
+    write(small(), tmp_path / "lora", "peft")
+    held = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file())
+    assert held == ["lora/unet/adapter_config.json", "lora/unet/adapter_model.safetensors"]
+    (tmp_path / "lora" / "thesis.txt").write_text("mine")
+    with pytest.raises(SdloraError, match="holds other things than a LoRA"):
+        write(small(), tmp_path / "lora", "peft")
+    assert (tmp_path / "lora" / "thesis.txt").read_text() == "mine"
+    write(small(), tmp_path / "lora", "peft", overwrite=True)
+    assert not (tmp_path / "lora" / "thesis.txt").exists()
+    with pytest.raises(SdloraError, match="name of a file"):
+        write(small(), tmp_path / "a.safetensors", "peft")
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    write(small(), tmp_path / "lora", "peft")
+    before = (tmp_path / "lora" / "unet" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SdloraError, match="No space left"):
+        write(small(2.0), tmp_path / "lora", "peft")
+    assert (tmp_path / "lora" / "unet" / "adapter_model.safetensors").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["lora"]
+
+
+def test_alphas_are_told_once(tmp_path):
+    stale = Adapter(small().deltas, {"lora_adapter_metadata": '{"unet.lora_alpha": 7}'})
+    write(stale, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert "lora_adapter_metadata" not in file.metadata()
+    write(stale, tmp_path / "b.safetensors", "diffusers")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert not any("alpha" in key for key in file.keys())
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 0.1
