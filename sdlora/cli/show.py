@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sdlora.formats.architectures import LABELS
-from sdlora.workbench.inspect import Inspected, by_block, tags_of
+from sdlora.formats.metadata import tags
+from sdlora.workbench.inspect import Inspected, by_block
 
 if TYPE_CHECKING:
     from sdlora.lowrank.truncation import Kept
@@ -36,8 +37,8 @@ def receipt_lines(inspected: Inspected) -> Iterator[str]:
     yield from _bars(by_block(inspected.norms))
     reasons = Counter(inspected.unmeasured.values()).most_common()
     yield from _listed("not measured", [f"{count} changes: {why}; --base MODEL gives it" for why, count in reasons])
-    tags = tags_of(receipt.metadata)
-    yield from _listed(f"{len(tags)} tags", [f"{count:>6}  {tag}" for tag, count in tags.items()])
+    counts = tags(receipt.metadata)
+    yield from _listed(f"{len(counts)} tags", [f"{count:>6}  {tag}" for tag, count in counts.items()])
 
 
 def _facts(inspected: Inspected) -> Iterator[tuple[str, str]]:

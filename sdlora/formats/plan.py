@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,11 +74,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What names and shapes tell of a file. candidates: as `fits` has them; applied: what the best of them changes."""
+    """What names and shapes tell of a file.
+
+    candidates: as `fits` has them; applied, evidence: what the best of them changes, and what tells it from others.
+    """
 
     found: Contents
     candidates: list[Fit]
     applied: Mapping[str, Applied]
+    evidence: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def plan(tensors: Mapping[str, Spec]) -> Plan:
 def plan_of(found: Contents) -> Plan:
     """Hold contents against the known architectures."""
     candidates = fits(found)
-    return Plan(found, candidates, applied_of(found, candidates[0]))
+    best = candidates[0]
+    return Plan(found, candidates, applied_of(found, best), tuple(_evidence(found, best)) if best.inner else ())
 
 
 def contents(tensors: Mapping[str, Spec]) -> Contents:
@@ -250,22 +255,21 @@ def applied_of(found: Contents, one: Fit) -> dict[str, Applied]:
     return {path + which: told for path, stem in one.applied.items() for which, told in _told_of(found.layouts[stem])}
 
 
-def verdict(found: Contents, candidates: Iterable[Fit], metadata: Mapping[str, str]) -> Verdict:
+def verdict(plan: Plan, metadata: Mapping[str, str]) -> Verdict:
     """Which architectures a file was made for: by shapes, and where these leave a choice by what it says of itself."""
-    candidates = list(candidates)
-    best = max((one.inner for one in candidates), default=0)
-    fitting = [one for one in candidates if best and one.inner == best]
+    best = plan.candidates[0].inner
+    fitting = [one for one in plan.candidates if best and one.inner == best]
     names = tuple(one.architecture.name for one in fitting)
-    evidence = _evidence(found, fitting[0]) if fitting else []
+    evidence = plan.evidence
     told = _told(metadata)
     if len(names) > 1 and told in names:
-        names, evidence = (told,), [*evidence, f"its metadata says so ({told})"]
+        names, evidence = (told,), (*evidence, f"its metadata says so ({told})")
     elif {"sd1", "sd2"} <= set(names):
-        axes = {len(shape) for one in fitting for shape in _shapes(found, one, ".proj_in", "down")}
+        axes = {len(shape) for one in fitting for shape in _shapes(plan.found, one, ".proj_in", "down")}
         if len(axes) == 1:  # a hint only: converters reshape
             names = tuple(sorted(names, key=lambda name: name != ("sd1" if axes == {4} else "sd2")))
-            evidence = [*evidence, f"proj_in is {'a convolution' if axes == {4} else 'linear'}"]
-    return Verdict(names, tuple(evidence))
+            evidence = (*evidence, f"proj_in is {'a convolution' if axes == {4} else 'linear'}")
+    return Verdict(names, evidence)
 
 
 def _evidence(found: Contents, one: Fit) -> list[str]:

@@ -117,7 +117,7 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
 
 
 def _judged(opened: _Opened) -> Verdict:
-    return verdict(opened.found, opened.plan.candidates, opened.metadata)
+    return verdict(opened.plan, opened.metadata)
 
 
 def _open(

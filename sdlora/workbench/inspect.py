@@ -5,7 +5,6 @@ Nothing here imports torch before a tensor is read.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import SdloraError
 from sdlora.formats.header import Hashes
+from sdlora.formats.metadata import tags
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
 from sdlora.lowrank.effect import norm_of
@@ -49,7 +49,7 @@ class Inspected:
             "norms": dict(self.norms),
             "blocks": by_block(self.norms),
             "unmeasured": dict(self.unmeasured),
-            "tags": tags_of(self.receipt.metadata),
+            "tags": tags(self.receipt.metadata),
         }
 
 
@@ -108,15 +108,3 @@ def _block(parameter: str) -> str:
 def _place(block: str) -> tuple[int, str]:
     order = ("unet down", "unet mid", "unet up", f"unet {REST}", "text_encoder")
     return next((i for i, start in enumerate(order) if block.startswith(start)), len(order)), block
-
-
-def tags_of(metadata: Mapping[str, str]) -> dict[str, int]:
-    """How often each tag stood in the captions of the training, the most frequent first; damaged metadata has none."""
-    try:
-        counts = Counter[str]()
-        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
-            for tag, count in folder.items():
-                counts[tag.strip()] += int(count)
-    except (ValueError, AttributeError, TypeError, RecursionError, OverflowError):
-        return {}
-    return dict(counts.most_common())

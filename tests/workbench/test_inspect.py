@@ -1,6 +1,5 @@
-"""Norms by block and tags, from what a file tells."""
+"""Norms by block, and what cannot be measured without the base."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdlora.formats.names import kohya
-from sdlora.workbench.inspect import by_block, inspect, tags_of
+from sdlora.workbench.inspect import by_block, inspect
 
 
 def test_squares_of_norms_add_within_a_block_and_blocks_come_in_the_model_s_order() -> None:
@@ -29,16 +28,6 @@ def test_squares_of_norms_add_within_a_block_and_blocks_come_in_the_model_s_orde
         ("text_encoder", 6.0),
         ("text_encoder_2", 7.0),
     ]
-
-
-def test_tags_of_all_folders_are_counted_together() -> None:
-    told = json.dumps({"1_a": {"cat": 2, " dog": 9}, "2_b": {"cat": 8}})
-    assert list(tags_of({"ss_tag_frequency": told}).items()) == [("cat", 10), ("dog", 9)]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"b": "c"}}', '{"a": {"b": 1e999}}', "[" * 10000])
-def test_damaged_tags_are_none(text: str) -> None:
-    assert tags_of({"ss_tag_frequency": text}) == {}
 
 
 def test_a_law_that_needs_the_base_is_named_where_there_is_none(tmp_path: Path) -> None:
