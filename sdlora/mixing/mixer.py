@@ -18,6 +18,7 @@ from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import architecture_of
 from sdlora.formats.read import read
 from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import CONFIG, sources_of
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.targets import WRAPPABLE, modules_of
@@ -26,7 +27,7 @@ from sdlora.models.families import components_of, family_of
 
 Weights = float | Mapping[str, float]  # one for all components, or by component ("unet", "text_encoder", ...)
 Terms = tuple[tuple[Delta, float], ...]  # what a touched weight holds: deltas and their weights, in order of name
-Stamp = tuple[tuple[str, int, int], ...]  # name, size and time of change of a file, or of all in a folder
+Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file of a LoRA
 
 KINDS = (*WRAPPABLE, nn.GroupNorm, nn.LayerNorm)
 
@@ -260,10 +261,11 @@ def _name(path: Path) -> str:
 
 
 def _stamp(path: Path) -> Stamp:
-    """What tells whether a file, or any file of a folder, has changed."""
+    """What tells whether any of the files of a LoRA has changed."""
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [(file.name, file.stat()) for file in files]
+        sources = sources_of(path)
+        configs = (source.path.with_name(CONFIG) for source in sources if source.config)
+        found = [(str(file), file.stat()) for file in (*(source.path for source in sources), *configs)]
     except OSError as error:
         raise SdloraError(f"LoRA {path} cannot be read ({error.strerror}); check the path") from error
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
+    return tuple((file, status.st_size, status.st_mtime_ns) for file, status in found)

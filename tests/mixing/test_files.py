@@ -1,0 +1,111 @@
+"""LoRA files and folders in the mixer: read again when any of their files changes, swapped in one step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdlora.errors import SdloraError
+from sdlora.mixing.mixer import Mixer
+from sdlora.models.families import components_of
+from tests.conftest import random_adapter
+from tests.mixing.states import same_state, state_of
+from tests.tiny import tiny_pipeline
+
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def written(path: Path, pipeline: Any, seed: int = 0, token: str = "<s1>") -> Path:
+    """A kohya file with a learned token of its own vectors."""
+    tensors = {}
+    for module, delta in random_adapter(components_of(pipeline), seed, suffix="to_q").deltas.items():
+        stem = f"lora_{module.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_down.weight": delta.down, f"{stem}.lora_up.weight": delta.up}
+    generator = torch.Generator().manual_seed(seed)
+    tensors[f"bundle_emb.{token}.string_to_param.*"] = torch.randn(2, 32, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def peft_folder(folder: Path, alpha: int, below: str = "") -> Path:
+    """A PEFT folder for the UNet, in the folder of the adapter's name if `below`."""
+    (folder / below).mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "target_modules": ["to_q"]}
+    (folder / below / "adapter_config.json").write_text(json.dumps(config))
+    keys = {f"base_model.model.{PATH}.lora_{name}.weight" for name in "AB"}
+    save_file({key: torch.ones(4, 16) if "_A" in key else torch.ones(16, 4) for key in keys}, _weights(folder / below))
+    return folder
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("below", ["", "style"])
+def test_a_folder_is_read_again_when_any_of_its_files_changes(tmp_path: Path, below: str):
+    pipeline = tiny_pipeline()
+    mixer, folder = Mixer(pipeline), peft_folder(tmp_path / "mine-1.5", 4, below)
+    weight = mixer._modules[f"unet.{PATH}"].weight
+    base = weight.detach().clone()
+    receipt = mixer.load(folder)
+    assert mixer.names == ("mine-1.5",) and mixer.load(folder) is receipt
+    mixer.set({"mine-1.5": 1.0})
+    assert (weight - base - 4).abs().max() < 1e-5
+    peft_folder(folder, 20, below)
+    assert mixer.load(folder) is not receipt
+    assert (weight - base - 20).abs().max() < 1e-5
+    save_file(
+        {
+            f"base_model.model.{PATH}.lora_{name}.weight": torch.zeros(shape)
+            for name, shape in (("A", (4, 16)), ("B", (16, 4)))
+        },
+        _weights(folder / below),
+    )
+    mixer.load(folder)
+    assert torch.equal(weight, base)
+
+
+def test_a_learned_token_comes_with_its_file_and_goes_with_it(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    base, mixer = state_of(pipeline), Mixer(pipeline)
+    assert "tokens <s1>" in mixer.load(written(tmp_path / "one.safetensors", pipeline)).summary()
+    assert pipeline.tokenizer.tokenize("a <s1>") == ["a</w>", "<s1>"]
+    mixer.unload("one")
+    assert same_state(pipeline, base)
+
+
+def test_holding_swaps_loras_that_bring_the_same_token(tmp_path: Path):
+    pipeline, other = tiny_pipeline(), tiny_pipeline()
+    files = [written(tmp_path / f"{seed}.safetensors", pipeline, seed) for seed in range(2)]
+    mixer, alone = Mixer(pipeline), Mixer(other)
+    receipts = [mixer.hold({"lora": (files[0], 1.0)}), mixer.hold({"new": (files[1], {"unet": 0.5})})]
+    assert mixer.names == ("new",) and mixer.weights == {"new": {"unet": 0.5}}
+    assert receipts[0]["lora"].sha256 != receipts[1]["new"].sha256
+    alone.load(files[1], "new")
+    alone.set({"new": {"unet": 0.5}})
+    assert same_state(pipeline, state_of(other))
+    assert mixer.hold({"new": (files[1], 1.0)})["new"] is receipts[1]["new"], "an unchanged file is not read again"
+    mixer.hold({})
+    assert same_state(pipeline, state_of(tiny_pipeline())) and mixer.names == ()
+
+
+def test_holding_what_cannot_be_had_changes_nothing(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    one, two = (written(tmp_path / f"{name}.safetensors", pipeline, seed) for seed, name in enumerate(("one", "two")))
+    mixer = Mixer(pipeline)
+    receipt = mixer.hold({"one": (one, 0.5)})["one"]
+    before = state_of(pipeline)
+    for wanted, message in (
+        ({"two": (two, 1.0), "gone": (tmp_path / "gone.safetensors", 1.0)}, "gone.safetensors cannot be read"),
+        ({"one": (one, 1.0), "two": (two, 1.0)}, "one and two bring the token '<s1>'"),
+        ({"two": (two, {"vae": 1.0})}, "no component 'vae'"),
+        ({"two": (two, float("nan"))}, "no finite number"),
+        ({"two": (two, 1e39)}, "overflows"),
+    ):
+        with pytest.raises(SdloraError, match=message):
+            mixer.hold(wanted)
+        assert same_state(pipeline, before) and mixer.weights == {"one": {"unet": 0.5, "text_encoder": 0.5}}
+        assert mixer.names == ("one",) and mixer.load(one) is receipt
