@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sdlora.errors import SdloraError
 from sdlora.formats.architectures import ENDS, Architecture, has_bias, known, sd1, sd2
 from sdlora.formats.foreign import foreign_kind
-from sdlora.formats.header import Header, Spec, read_header, read_tensors
+from sdlora.formats.hcp import MARK
+from sdlora.formats.header import Header, Spec, read_header, read_tensors, refuse_odd_path
 from sdlora.formats.metadata import base_model, trigger_words
 from sdlora.formats.ordered import is_ordered, ordered_names
 from sdlora.formats.parts import NUMBERS, build
@@ -125,7 +126,11 @@ def _open(
     header_of: Callable[[Path], Header] = read_header,
     plan: Callable[[Mapping[str, Spec]], Plan] = plan,
 ) -> _Opened:
-    sources = sources_of(path)
+    refuse_odd_path(path)
+    try:
+        sources = sources_of(path)
+    except OSError as error:  # a name that is too long, a folder that may not be listed
+        raise SdloraError(f"LoRA {path} cannot be read ({error.strerror}); check the path") from error
     headers = tuple(header_of(source.path) for source in sources)
     tensors: Mapping[str, Spec] = {}
     for source, header in zip(sources, headers, strict=True):
@@ -150,7 +155,8 @@ def _open(
 
 
 def _led(source: Source, key: str) -> str:
-    return f"{source.component}/{key}" if source.component else key
+    """Where files are about one component each, a key is led by it; HCP-Diffusion's keys say it themselves."""
+    return f"{source.component}/{key}" if source.component and MARK not in key else key
 
 
 def _ordered(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Contents:
