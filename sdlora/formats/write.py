@@ -110,15 +110,18 @@ def _fits(architecture: Architecture, parameter: str, delta: Delta) -> bool:
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
     """Factors in the dtype; alphas and other single numbers stay as they are."""
-    cast = {}
+    cast: Tensors = {}
+    storages = set()
     for key, tensor in tensors.items():
-        wide = tensor.detach().cpu()
-        single = not wide.dim()
-        value = wide if single else (wide if wide.dtype == dtype else wide.float().to(dtype))
+        value = tensor.detach().cpu()
+        if value.dim() and value.dtype != dtype:
+            value = value.float().to(dtype)
         if not torch.isfinite(value).all():
             raise SdloraError(f"{key} has values that {str(dtype)[6:]} cannot hold; choose bfloat16 or float32")
-        own = value.untyped_storage().nbytes() == value.nbytes
-        cast[key] = value.contiguous() if own else value.clone(memory_format=torch.contiguous_format)
+        value = value.contiguous()
+        storage = value.untyped_storage().data_ptr()
+        cast[key] = value.clone() if storage in storages else value  # no two keys of a file may share memory
+        storages.add(storage)
     return cast
 
 
