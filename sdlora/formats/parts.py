@@ -23,6 +23,7 @@ from sdlora.lowrank.laws import (
     LowRank,
     OFTv2,
     Replacement,
+    Residual,
     Rotation,
 )
 
@@ -63,11 +64,13 @@ SUFFIXES = {
     "oft_R.weight": "oft_r",
     "oft_R.scaled_oft": "scaled_oft",
     "rescale": "rescale",
+    **{f"bias_{name}": f"sparse_{name}" for name in ("indices", "values", "size")},
     "boft_R": "boft_r",
     "boft_s": "boft_s",
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
+WHOLE = {"sparse_indices", "sparse_size"}  # parts that hold whole numbers
 NUMBERS = {"alpha", "scale", "on_input", "scaled_oft"}  # parts that are one number, not a factor
 
 Parts = Mapping[str, Any]  # part -> factor: a tensor, or what the header says of one
@@ -146,6 +149,7 @@ FORMS = (
 )
 # Parts that stand beside any law.
 BESIDE = frozenset({"alpha", "scale", "magnitude", "magnitude_out", "diff_b", "up_bias"})
+SPARSE = frozenset({"sparse_indices", "sparse_values", "sparse_size"})  # beside a linear law, all three
 
 
 @lru_cache(maxsize=2**17)
@@ -172,8 +176,8 @@ def lacking(parts: Parts) -> str | None:
         return f"has parts of {len(found)} laws: {', '.join(sorted(parts))}"
     if not found:
         return None if parts.keys() == {"diff_b"} else f"has only {', '.join(sorted(parts))}"
-    odd = sorted(parts.keys() - found[0].parts - BESIDE)
-    missing = sorted(found[0].needs - parts.keys())
+    odd = sorted(parts.keys() - found[0].parts - BESIDE - SPARSE)
+    missing = sorted((found[0].needs | (SPARSE if SPARSE & parts.keys() else set())) - parts.keys())
     if missing:
         return f"lacks {', '.join(missing)}"
     return f"has {', '.join(odd)}, which do not belong to its law" if odd else None
@@ -192,6 +196,8 @@ def build(parts: Parts, alpha: float | None) -> dict[str, Delta]:
     form = next((form for form in FORMS if form.marks & parts.keys()), None)
     if form:
         delta = form.build(parts, alpha)
+        if "sparse_values" in parts:
+            delta = Residual(delta, parts["sparse_indices"], parts["sparse_values"], parts["sparse_size"])
         for name in ("magnitude", "magnitude_out"):
             if name in parts:
                 delta = DoRA(delta, parts[name], by_output=name == "magnitude_out")

@@ -19,7 +19,7 @@ from sdlora.formats.hcp import MARK
 from sdlora.formats.header import Header, Spec, read_header, read_tensors, refuse_odd_path
 from sdlora.formats.metadata import base_model, trigger_words
 from sdlora.formats.ordered import is_ordered, ordered_names
-from sdlora.formats.parts import NUMBERS, build
+from sdlora.formats.parts import NUMBERS, WHOLE, build
 from sdlora.formats.peft_config import PeftConfig, by_component
 from sdlora.formats.plan import (
     Contents,
@@ -263,7 +263,7 @@ def _module(opened: _Opened, path: str, keys: Keys, tensors: Mapping[str, Tensor
     parts: dict[str, Any] = {}
     for part, key in keys.items():
         value = tensors[key]
-        parts[part] = _number(key, value) if part in NUMBERS else _checked(key, value)
+        parts[part] = _number(key, value) if part in NUMBERS else _checked(key, value, part in WHOLE)
     alpha, scale = parts.pop("alpha", None), parts.pop("scale", None)
     unscaled = build(parts, None).get("")
     rank = unscaled.rank if unscaled else None
@@ -296,12 +296,13 @@ def _number(key: str, value: Tensor) -> float:
     return number
 
 
-def _checked(key: str, value: Tensor) -> Tensor:
+def _checked(key: str, value: Tensor, whole: bool = False) -> Tensor:
     import torch
 
-    if not value.is_floating_point():
-        raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where numbers with a fraction belong; save it again")
-    if value.numel():
+    if value.is_floating_point() == whole or value.is_complex():
+        wanted = "whole numbers" if whole else "numbers with a fraction"
+        raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where {wanted} belong; save it again")
+    if value.numel() and not whole:
         low, high = torch.aminmax(value if value.dtype.itemsize > 1 else value.float())
         if not (isfinite(low.item()) and isfinite(high.item())):
             raise SdloraError(f"{key} holds numbers that are nan or infinite; use an earlier checkpoint")
@@ -341,7 +342,7 @@ def _receipt(opened: _Opened, chosen: Fit | None, applied: Mapping[str, Applied]
         unknown=tuple(sorted((*found.other, *(key for stem in stems for key in found.modules[stem].values())))),
         incomplete=tuple(f"{stem} {why}" for stem, why in sorted(found.broken.items())),
         misfit=misfit,
-        tokens=tuple(found.tokens),
+        tokens=tuple(sorted(found.tokens)),
         dtypes=tuple(sorted({spec.dtype for header in opened.headers for spec in header.tensors.values()})),
         trigger_words=trigger_words(opened.metadata),
         base_model=base_model(opened.metadata),

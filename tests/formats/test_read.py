@@ -303,3 +303,58 @@ def test_metadata_bombs_do_not_go_off(tmp_path, metadata):
     else:
         with pytest.raises(SdloraError, match="lora_adapter_metadata.*save it again"):
             read(tmp_path / "a.safetensors", sd1())
+
+
+BUNDLES = {
+    "sd1": {"bundle_emb.zib.string_to_param.*": (2, 768), "bundle_emb.my.dots.emb_params": (1, 768)},
+    "sdxl": {
+        "bundle_emb.zib.clip_l": (2, 768),
+        "bundle_emb.zib.clip_g": (2, 1280),
+        "bundle_emb.my.dots.clip_g": (1280,),
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", [sd1(), sdxl()], ids=["sd1", "sdxl"])
+def test_bundled_tokens_come_with_the_adapter(tmp_path, architecture):
+    write(attention_lora(architecture), tmp_path / "a.safetensors")
+    bundle = {key: torch.randn(shape) for key, shape in BUNDLES[architecture.name].items()}
+    save_file(load_file(tmp_path / "a.safetensors") | bundle, tmp_path / "a.safetensors")
+    adapter, receipt = read(tmp_path / "a.safetensors", architecture)
+    assert receipt.complete and receipt.tokens == ("my.dots", "zib")
+    first, second = ("string_to_param.*", "emb_params") if architecture.name == "sd1" else ("clip_l", "clip_g")
+    assert torch.equal(adapter.embeddings["zib"]["text_encoder"], bundle[f"bundle_emb.zib.{first}"])
+    (vectors,) = adapter.embeddings["my.dots"].values()
+    assert torch.equal(vectors, bundle[f"bundle_emb.my.dots.{second}"].reshape(1, -1))
+
+
+def test_tokens_of_another_width_and_of_an_unknown_kind_are_named(tmp_path):
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    odd = {"bundle_emb.zib.clip_g": torch.ones(2, 1280), "bundle_emb.zib.clip_l_out": torch.ones(2, 768)}
+    save_file(load_file(tmp_path / "a.safetensors") | odd, tmp_path / "a.safetensors")
+    adapter, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert not adapter.embeddings and not receipt.complete
+    assert receipt.unknown == ("bundle_emb.zib.clip_l_out",)
+    assert len(receipt.misfit) == 1 and receipt.misfit[0].startswith("token zib (bundle_emb.zib.clip_g ")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scale"),
+    [(torch.tensor(8), 2.0), (torch.tensor([2.0]), 0.5), (torch.tensor(-4.0, dtype=torch.float16), -1.0), (None, 1.0)],
+)
+def test_alpha_may_have_any_dtype_and_be_missing(tmp_path, alpha, scale):
+    stem = kohya([QUERY])[QUERY]
+    down, up = factors(sd1(), QUERY)
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | ({} if alpha is None else {f"{stem}.alpha": alpha}), tmp_path / "a.safetensors")
+    adapter, _ = read(tmp_path / "a.safetensors", sd1())
+    wanted = scale * up.double() @ down.double()
+    assert (adapter.deltas[QUERY].weight(torch.zeros(320, 320)).double() - wanted).abs().max() < 1e-5
+
+
+def test_an_alpha_of_nothing_is_told(tmp_path):
+    stem = kohya([QUERY])[QUERY]
+    write(attention_lora(sd1()), tmp_path / "a.safetensors")
+    save_file(load_file(tmp_path / "a.safetensors") | {f"{stem}.alpha": torch.tensor(0.0)}, tmp_path / "a.safetensors")
+    _, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert f"alpha is 0 in 1 modules such as {QUERY}: they have no effect" in receipt.summary()

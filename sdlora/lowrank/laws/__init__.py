@@ -13,4 +13,5 @@ from sdlora.lowrank.laws.low_rank import LowRank as LowRank
 from sdlora.lowrank.laws.orthogonal import BOFT as BOFT
 from sdlora.lowrank.laws.orthogonal import OFT as OFT
 from sdlora.lowrank.laws.orthogonal import Rotation as Rotation
+from sdlora.lowrank.laws.residual import Residual as Residual
 from sdlora.lowrank.laws.scaling import IA3 as IA3
