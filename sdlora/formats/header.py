@@ -182,6 +182,7 @@ def read_tensors(path: Path | str, keys: Collection[str] | None = None) -> tuple
 
 def _named(path: Path) -> Path:
     """The path, if its name is that of a file that is read here."""
+    refuse_odd_path(path)
     kind = path.suffix.lower()
     if kind in PICKLES:
         raise SdloraError(
@@ -191,6 +192,12 @@ def _named(path: Path) -> Path:
     if kind != ".safetensors":
         raise SdloraError(f"{path} is no .safetensors file; LoRAs are read in that form only")
     return path
+
+
+def refuse_odd_path(path: Path) -> None:
+    """SdloraError for a path that could not be shown in one line."""
+    if BREAKS.search(str(path)):
+        raise SdloraError(f"{ascii(str(path))} has a line break or a control character in it; rename it")
 
 
 def _steady(path: Path, read: Callable[[_State], T]) -> T:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
+from sdlora.formats.header import refuse_odd_path
 from sdlora.formats.peft_config import PeftConfig, parse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,9 +28,10 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
 
     A file; PEFT's folder (adapter_config.json and adapter_model.safetensors), perhaps one level down in the folder of
     the adapter's name; or a folder with one of either for each component, called unet, text_encoder, text_encoder_2.
-    SdloraError: a folder that is none of these.
+    SdloraError: a folder that is none of these; a path with line breaks in it.
     """
     path = Path(path)
+    refuse_odd_path(path)
     if not path.is_dir():
         return (_source(path),)
     if (path / CONFIG).is_file():
