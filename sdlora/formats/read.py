@@ -16,7 +16,7 @@ from sdlora.errors import SdloraError
 from sdlora.formats.architectures import ENDS, Architecture, has_bias, known, sd1, sd2
 from sdlora.formats.foreign import foreign_kind
 from sdlora.formats.hcp import MARK
-from sdlora.formats.header import Header, Spec, read_header, read_tensors, refuse_odd_path
+from sdlora.formats.header import Header, Spec, read_header, read_tensors
 from sdlora.formats.metadata import base_model, trigger_words
 from sdlora.formats.ordered import is_ordered, ordered_names
 from sdlora.formats.parts import NUMBERS, WHOLE, build
@@ -126,7 +126,6 @@ def _open(
     header_of: Callable[[Path], Header] = read_header,
     plan: Callable[[Mapping[str, Spec]], Plan] = plan,
 ) -> _Opened:
-    refuse_odd_path(path)
     try:
         sources = sources_of(path)
     except OSError as error:  # a name that is too long, a folder that may not be listed
