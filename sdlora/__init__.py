@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdlora.errors import SdloraError as SdloraError
+    from sdlora.formats.read import describe as describe
     from sdlora.formats.read import read as read
     from sdlora.formats.write import write as write
     from sdlora.generation.job import Job as Job
@@ -30,6 +31,7 @@ _HOMES = {
     "Picture": "sdlora.generation.render",
     "SdloraError": "sdlora.errors",
     "TrainConfig": "sdlora.training.config",
+    "describe": "sdlora.formats.read",
     "load_pipeline": "sdlora.models.load",
     "open_mixer": "sdlora.generation.open",
     "read": "sdlora.formats.read",
