@@ -17,6 +17,7 @@ from sdlora.formats.plan import Plan, plan
 
 START = b'{"__metadata__":'
 LONGEST = 32 * 2**20  # bytes of a header that is worth the look
+MOST = 64  # layouts that are remembered, those met last; one of SDXL takes half a megabyte
 
 Layout = tuple[bytes, int]  # a digest of the header's part about tensors, and the bytes that follow the header
 
@@ -42,9 +43,16 @@ class Met:
         if layout not in self.tensors:
             header = read_header(path)
             if (header.size, header.modified) == (size, modified):
-                self.tensors[layout] = header.tensors
+                self._remember(layout, header.tensors)
             return header
-        return Header(path, size, modified, self.tensors[layout], metadata)
+        tensors = self.tensors[layout] = self.tensors.pop(layout)  # the last now
+        return Header(path, size, modified, tensors, metadata)
+
+    def _remember(self, layout: Layout, tensors: Mapping[str, Spec]) -> None:
+        while len(self.tensors) >= MOST:
+            oldest = self.tensors.pop(next(iter(self.tensors)))
+            self.plans.pop(id(oldest), None)
+        self.tensors[layout] = tensors
 
     def plan(self, tensors: Mapping[str, Spec]) -> Plan:
         """As `plan`, remembered for the tensors of the layouts that were met."""

@@ -183,11 +183,21 @@ def names_of(architecture: Architecture) -> Mapping[str, tuple[str, ...]]:
     return readable((*architecture.shapes, *architecture.norms))
 
 
-@lru_cache(maxsize=2**17)
-def _path(architecture: Architecture, stem: str, layout: Layout) -> str | None:
-    """The path of the architecture's module that the name means and the layout fits."""
-    paths = names_of(architecture).get(stem, ())
-    return next((path for path in paths if _fits(layout, _weight(architecture, path))), None)
+@lru_cache(maxsize=16)
+def _places(architecture: Architecture) -> Mapping[str, tuple[tuple[str, Shape], ...]]:
+    """The paths that a name can stand for, with the shapes of their weights."""
+    return {
+        name: tuple((path, _weight(architecture, path)) for path in paths)
+        for name, paths in names_of(architecture).items()
+    }
+
+
+def _path(places: Mapping[str, tuple[tuple[str, Shape], ...]], stem: str, layout: Layout) -> str | None:
+    """The path of the module that the name means and the layout fits."""
+    for path, weight in places.get(stem, ()):
+        if _fits(layout, weight):
+            return path
+    return None
 
 
 def fit(found: Contents, architecture: Architecture) -> Fit:
@@ -195,16 +205,15 @@ def fit(found: Contents, architecture: Architecture) -> Fit:
     applied: dict[str, str] = {}
     unknown, twice = [], []
     misfit: dict[str, str] = {}
+    places = _places(architecture)
     for stem in found.modules:
         layout = found.layouts[stem]
-        path = _path(architecture, stem, layout)
-        if path is None:
-            paths = names_of(architecture).get(stem)
-            if paths:
-                shape = times(_weight(architecture, paths[0]))
-                misfit[paths[0]] = f"{stem} ({_shape(layout)}, the model's is {shape})"
-            else:
-                unknown.append(stem)
+        path = _path(places, stem, layout)
+        if path is None and stem in places:
+            path, weight = places[stem][0]
+            misfit[path] = f"{stem} ({_shape(layout)}, the model's is {times(weight)})"
+        elif path is None:
+            unknown.append(stem)
         elif path in applied:
             twice.append(f"{applied[path]} and {stem}")
         else:
@@ -233,14 +242,11 @@ def fits(found: Contents) -> list[Fit]:
 
 
 def _takes_all(found: Contents, architecture: Architecture) -> bool:
-    layouts = found.layouts
-    return all(
-        _path(architecture, stem, layouts[stem]) is not None or _is_end(architecture, stem) for stem in found.modules
-    )
-
-
-def _is_end(architecture: Architecture, stem: str) -> bool:
-    return bool(set(names_of(architecture).get(stem, ())) & set(ENDS))
+    places, layouts = _places(architecture), found.layouts
+    for stem in found.modules:
+        if _path(places, stem, layouts[stem]) is None and not any(path in ENDS for path, _ in places.get(stem, ())):
+            return False
+    return True
 
 
 @lru_cache(maxsize=2**15)

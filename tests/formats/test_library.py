@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdlora.errors import SdloraError
-from sdlora.formats import library
+from sdlora.formats import layouts, library
 from sdlora.formats.library import Described, scan
 from sdlora.formats.read import describe
 
@@ -67,6 +67,14 @@ def test_files_of_one_layout_differ_in_all_that_their_metadata_tell(tmp_path: Pa
         assert (one.trigger_words, one.ranks) == (receipt.trigger_words, receipt.ranks())
     assert [one.made_for for one in found] == [("sd1",), ("sd1",), ("sd2",)]
     assert [one.trigger_words for one in found] == [("cat", "dog"), (), ()]
+
+
+def test_more_layouts_than_are_remembered_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "MOST", 2)
+    ranks = [1, 2, 1, 3, 4, 1, 2, 5, 5, 3]
+    for i, rank in enumerate(ranks):
+        lora(tmp_path / f"{i}.safetensors", rank=rank)
+    assert [one.ranks for one in scan([tmp_path])] == [f"rank {rank}" for rank in ranks]
 
 
 def test_a_file_that_is_cut_short_is_not_taken_for_its_whole_sister(tmp_path: Path) -> None:
