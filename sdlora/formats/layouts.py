@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-from sdlora.formats.header import LONGEST_TEXT, Header, Spec, read_header
+from sdlora.formats.header import LONGEST_TEXT, Header, Spec, read_header, refuse_odd_path
 from sdlora.formats.plan import Plan, plan
 
 START = b'{"__metadata__":'
@@ -31,6 +31,7 @@ class Met:
 
     def header_of(self, path: Path) -> Header:
         """As `read_header`, with the very mapping of tensors that an earlier file of the same layout had."""
+        refuse_odd_path(path)
         before = _state(path)
         raw = _raw_header(path)
         after = _state(path)

@@ -77,6 +77,12 @@ def test_more_layouts_than_are_remembered_are_told_apart(tmp_path: Path, monkeyp
     assert [one.ranks for one in scan([tmp_path])] == [f"rank {rank}" for rank in ranks]
 
 
+def test_a_name_that_cannot_be_shown_is_refused_whatever_the_layout(tmp_path: Path) -> None:
+    lora(tmp_path / "a.safetensors")
+    lora(tmp_path / "b\n.safetensors")
+    assert [bool(one.problem) for one in scan([tmp_path])] == [False, True]
+
+
 def test_a_file_that_is_cut_short_is_not_taken_for_its_whole_sister(tmp_path: Path) -> None:
     lora(tmp_path / "a.safetensors")
     short = lora(tmp_path / "b.safetensors")
