@@ -69,17 +69,10 @@ def hold(mixer: Mixer, job: Job) -> Job:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise SdloraError(f"{twice} is given twice; give each LoRA once, with the sum of its weights")
-    before = set(mixer.names)
-    try:
-        hashes = [mixer.load(lora.path, name=name).sha256 for name, lora in zip(names, job.loras, strict=True)]
-        mixer.set({name: _weights(mixer.pipeline, lora) for name, lora in zip(names, job.loras, strict=True)})
-    except SdloraError:
-        for name in set(mixer.names) - before:
-            mixer.unload(name)
-        raise
-    for name in before - set(names):
-        mixer.unload(name)
+    wanted = {name: (lora.path, _weights(mixer.pipeline, lora)) for name, lora in zip(names, job.loras, strict=True)}
+    receipts = mixer.hold(wanted)
     own = mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
+    hashes = (receipts[name].sha256 for name in names)
     loras = tuple(replace(lora, sha256=sha256) for lora, sha256 in zip(job.loras, hashes, strict=True))
     return replace(job, loras=loras, width=job.width or own, height=job.height or own)
 
