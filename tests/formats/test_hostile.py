@@ -7,7 +7,7 @@ import os
 import pickle
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,33 @@ def pipeline() -> Any:
     return tiny_pipeline()
 
 
-@pytest.fixture
-def mixer(pipeline: Any) -> Any:
-    """With an adapter in force already."""
+@pytest.fixture(scope="module")
+def shared_mixer(pipeline: Any) -> Mixer:
     mixer = Mixer(pipeline)
     mixer.add(random_adapter(components_of(pipeline), seed=1, suffix="to_k"), "good")
-    mixer.set({"good": 0.7})
-    yield mixer
-    mixer.unload("good")
+    return mixer
 
 
 @pytest.fixture
-def lora(pipeline: Any, tmp_path: Path) -> Path:
-    """A whole file for the pipeline, 30 modules, rank 4 and alpha 2."""
-    write(random_adapter(components_of(pipeline), seed=0, suffix="to_q"), tmp_path / "a.safetensors")
+def mixer(shared_mixer: Mixer) -> Iterator[Mixer]:
+    """With an adapter in force already; what a test adds leaves with it."""
+    shared_mixer.set({"good": 0.7})
+    yield shared_mixer
+    for name in set(shared_mixer.names) - {"good"}:
+        shared_mixer.unload(name)
+
+
+@pytest.fixture(scope="module")
+def content(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A whole file for the pipeline, 32 modules, rank 4 and alpha 2."""
+    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
+    write(random_adapter(components_of(pipeline), seed=0, suffix="to_q"), path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def lora(content: bytes, tmp_path: Path) -> Path:
+    (tmp_path / "a.safetensors").write_bytes(content)
     return tmp_path / "a.safetensors"
 
 
@@ -131,7 +144,6 @@ def test_a_file_is_read_when_it_is_whole(mixer, lora):
     receipt = mixer.load(lora)
     thread.join()
     assert receipt.complete and receipt.size == len(content)
-    mixer.unload("a")
 
 
 # 3. Metadata bombs
@@ -144,7 +156,7 @@ COVER = "data:image/png;base64," + "iVBORw0KGgo=" * 500_000
     [
         {"ss_tag_frequency": "[" * 1_000 + "]" * 1_000},
         {"ss_tag_frequency": '{"a":' * 10_000 + "1" + "}" * 10_000},
-        {"ss_tag_frequency": json.dumps({"a": {f"tag {i}": i for i in range(200_000)}})},
+        {"ss_tag_frequency": json.dumps({"a": {f"tag {i}": i for i in range(50_000)}})},
         {"ss_tag_frequency": '{"a": [1, 2]}', "ss_dataset_dirs": "[]", "ss_training_started_at": "abc"},
         {"ss_tag_frequency": '{"a": {"b": "c", "d": null}}', "ss_v2": "[]", "ss_base_model_version": "{}"},
         {"ss_tag_frequency": "1" * 100_000, "modelspec.trigger_phrase": " , ,"},
@@ -159,7 +171,6 @@ def test_metadata_does_not_keep_a_file_from_being_read(mixer, lora, metadata):
     assert len(receipt.summary()) < 10_000 and len(receipt.base_model) < 1_000
     assert sum(map(len, receipt.metadata.values())) <= sum(map(len, metadata.values()))
     assert all(name in " ".join(receipt.notes) for name in metadata if len(metadata[name]) > 5_000_000)
-    mixer.unload("a")
 
 
 # 4. Numbers that are none, and numbers too large for the model
@@ -257,7 +268,6 @@ def test_parts_that_make_no_change_are_named(mixer, tmp_path, lora, case):
     save_file(whole | parts, lora)
     receipt = mixer.load(lora)
     assert len(receipt.incomplete) == 1 and STEM in receipt.incomplete[0] and QUERY not in receipt.applied
-    mixer.unload("a")
 
 
 def test_a_rank_far_above_the_modules_is_read_as_what_it_is(mixer, lora):
@@ -273,7 +283,6 @@ def test_a_rank_far_above_the_modules_is_read_as_what_it_is(mixer, lora):
     mixer.set({"good": 0.7, "a": 1.0})
     change = state_of(mixer.pipeline).weights[f"{QUERY}.weight"] - before
     assert torch.allclose(change, torch.full((16, 16), 0.1), atol=1e-4)
-    mixer.unload("a")
 
 
 # 6. Alphas
@@ -297,19 +306,21 @@ def test_alphas_that_make_no_sense_are_refused(mixer, lora, alpha, message):
 
 
 @pytest.mark.parametrize("alpha", [0.0, -2.0, 0.5, 300.0])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_alphas_are_numbers_in_any_dtype(lora, pipeline, alpha, dtype, shape):
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float16, ()), (torch.float32, (1,)), (torch.float64, (1, 1)), (torch.bfloat16, (1,))],
+)
+def test_alphas_are_numbers_in_any_dtype(lora, mixer, alpha, dtype, shape):
     changed(lora, {f"{STEM}.alpha": torch.full(shape, alpha, dtype=dtype)})
-    adapter, receipt = read(lora, Mixer(pipeline).architecture)
+    adapter, receipt = read(lora, mixer.architecture)
     assert adapter.deltas[QUERY].alpha == receipt.applied[QUERY].alpha == alpha
     assert ("alpha is 0 in 1 modules" in " ".join(receipt.notes)) == (alpha == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_alphas_may_be_whole_numbers_or_of_8_bits(lora, pipeline, dtype):
+def test_alphas_may_be_whole_numbers_or_of_8_bits(lora, mixer, dtype):
     changed(lora, {f"{STEM}.alpha": torch.tensor(8).to(dtype)})
-    adapter, _ = read(lora, Mixer(pipeline).architecture)
+    adapter, _ = read(lora, mixer.architecture)
     assert adapter.deltas[QUERY].alpha == 8
 
 
@@ -403,7 +414,6 @@ def test_new_content_under_the_same_name_is_seen(mixer, lora, pipeline):
     refused(mixer, lora, "damaged or cut short")
     lora.unlink()
     refused(mixer, lora, "cannot be read")
-    mixer.unload("a")
 
 
 @pytest.mark.parametrize("names", [("Style", "style"), ("caf\u00e9", "cafe\u0301"), ("a", "a\u200b"), ("\u0430", "a")])
@@ -415,8 +425,6 @@ def test_names_that_look_alike_are_two(mixer, tmp_path, names, pipeline):
     hashes = {mixer.load(tmp_path / f"{name}.safetensors").sha256 for name in names}
     assert len(hashes) == 2 and mixer.names == ("good", *names)
     assert not torch.equal(sample(mixer, names[0]), sample(mixer, names[1]))
-    for name in names:
-        mixer.unload(name)
 
 
 # 12. Names of files
@@ -504,19 +512,13 @@ def test_a_base_model_that_is_named_is_never_followed(mixer, tmp_path, monkeypat
     for base in (str(trap), "http://localhost/evil", "../../../etc/passwd"):
         peft_folder(tmp_path, base_model_name_or_path=base, auto_mapping=auto, revision="x")
         assert mixer.load(tmp_path, "a").complete
-    mixer.unload("a")
 
 
-def test_whole_modules_beside_a_lora_are_checked_like_all_others(mixer, tmp_path):
+def test_whole_modules_beside_a_lora_are_told_and_left_out(mixer, tmp_path):
     peft_folder(tmp_path, modules_to_save=["conv_in"])
-    changed(tmp_path / WEIGHTS, {"base_model.model.conv_in.weight": torch.full((16, 4, 3, 3), float("nan"))}, None)
-    before = state_of(mixer.pipeline)
-    try:
-        receipt = mixer.load(tmp_path, "a")
-        assert "conv_in" in " ".join(receipt.unknown), "neither applied nor told"
-        mixer.set({"good": 0.7, "a": 1.0})
-        same = "unet.conv_in.weight"
-        assert torch.equal(state_of(mixer.pipeline).weights[same], before.weights[same])
-        mixer.unload("a")
-    except SdloraError as error:
-        assert "conv_in" in str(error)
+    changed(tmp_path / WEIGHTS, {"base_model.model.conv_in.weight": torch.full((16, 4, 3, 3), float("nan"))})
+    before = state_of(mixer.pipeline).weights["unet.conv_in.weight"]
+    receipt = mixer.load(tmp_path, "a")
+    assert receipt.unknown == ("base_model.model.conv_in.weight",) and not receipt.complete
+    mixer.set({"a": 1.0})
+    assert torch.equal(state_of(mixer.pipeline).weights["unet.conv_in.weight"], before)
