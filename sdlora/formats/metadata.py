@@ -103,6 +103,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def _shown(text: str) -> str:
     """On one line, not endless, and without what moves a terminal's cursor or colours what follows."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * LONGEST]).split())[
-        :LONGEST
-    ]
+    text = text[: 2 * LONGEST]
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(text.split())[:LONGEST]

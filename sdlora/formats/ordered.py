@@ -60,7 +60,7 @@ class Ordered:
 
 def is_ordered(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is an ordered list."""
-    return any(PAIR.fullmatch(key) for key in keys)
+    return any(":" in key and PAIR.fullmatch(key) for key in keys)
 
 
 def ordered_names(
