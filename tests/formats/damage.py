@@ -124,7 +124,7 @@ def values(draft: Draft, place: int, how: int) -> None:
     if draft.tensors:
         key, kind, form, content = draft.tensors[_at(draft, place)]
         types = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
-        if kind in types and content:
+        if kind in types and content and len(content) % WIDTHS[kind] == 0:
             numbers = torch.frombuffer(bytearray(content), dtype=types[kind])
             numbers[how % len(numbers) if how % 3 else slice(None)] = FILLS[how % len(FILLS)]
             draft.tensors[_at(draft, place)] = (key, kind, form, numbers.view(torch.uint8).numpy().tobytes())
