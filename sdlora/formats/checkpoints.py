@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError, safe_open
 
 from sdlora.errors import SdloraError
 from sdlora.formats.architectures import ENDS, Architecture, known
@@ -61,16 +62,30 @@ class Checkpoint:
         return place.view(self.whole(place.file, place.key))
 
     def whole(self, file: Path, key: str) -> Tensor:
-        """One tensor of a file. It is opened anew each time: what was read of a mapped file leaves memory so."""
+        """One tensor of a file. It is read, not mapped: so it leaves memory in time, and a shrunk file does no harm."""
+        import torch
+
+        header = self.files[file]
+        shape, kind = header.tensors[key]
+        dtype = getattr(torch, DTYPES[kind])
+        content = bytearray(prod(shape) * dtype.itemsize)
         try:
-            with safe_open(file, framework="pt") as opened:
-                tensor = opened.get_tensor(key)
+            with file.open("rb") as opened:
+                opened.seek(self._begins[file][key])
+                whole = opened.readinto(content) == len(content)
             now = file.stat()
-        except (OSError, SafetensorError) as error:
-            raise SdloraError(f"{file} cannot be read any more ({error}); start again when it is whole") from error
-        if (now.st_size, now.st_mtime_ns) != (self.files[file].size, self.files[file].modified):
+        except OSError as error:
+            raise SdloraError(
+                f"{file} cannot be read any more ({error.strerror}); start again when it is there"
+            ) from error
+        if not whole or (now.st_size, now.st_mtime_ns) != (header.size, header.modified):
             raise SdloraError(f"{file} was changed while it was read; start again when it is whole")
-        return tensor
+        return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
+
+    @cached_property
+    def _begins(self) -> dict[Path, dict[str, int]]:
+        """Where each tensor begins in its file, in bytes. A header lists them in order, and there are no holes."""
+        return {file: _begins(header) for file, header in self.files.items()}
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -86,6 +101,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     _refuse_other_numbers(path, files)
     parameters = {name: place.shape(shapes[place.file, place.key]) for name, place in places.items()}
     return Checkpoint(path, _architecture(parameters), parameters, places, files)
+
+
+def _begins(header: Header) -> dict[str, int]:
+    import torch
+
+    sizes = {key: prod(shape) * getattr(torch, DTYPES[kind]).itemsize for key, (shape, kind) in header.tensors.items()}
+    ends = accumulate(sizes.values(), initial=header.size - sum(sizes.values()))
+    return dict(zip(sizes, ends, strict=False))
 
 
 def _single_file(file: Path) -> tuple[dict[Path, Header], dict[str, Place]]:
