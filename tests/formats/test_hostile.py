@@ -462,9 +462,9 @@ def test_names_with_line_breaks_are_refused_in_one_line(mixer, lora, name):
     refused(mixer, lora.parent / name, "has a line break or a control character in it")
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "no/such/folder", ""])
-def test_paths_that_cannot_be_are_refused(tmp_path, name):
-    for reader in (read, describe):
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "no/such/folder", "", "a\0b"])
+def test_paths_that_cannot_be_are_refused(mixer, tmp_path, name):
+    for reader in (read, describe, lambda path: mixer.load(path, "a")):
         with pytest.raises(SdloraError) as caught:
             reader(tmp_path / f"{name}.safetensors")
         assert len(str(caught.value).splitlines()) == 1
