@@ -273,7 +273,7 @@ def _trimmed(change: Tensor, density: float) -> Tensor:
 
 def _elected(changes: Tensor) -> Tensor:
     """The mean, for each element, of those values that have the sign of the sum."""
-    agree = (changes.sign() == changes.sum(0).sign()) & (changes != 0)
+    agree = changes.sign() == changes.sum(0).sign()
     return (changes * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 

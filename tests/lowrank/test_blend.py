@@ -349,6 +349,7 @@ def test_learned_tokens_of_all_parents_are_kept() -> None:
     }
     assert torch.equal(made.embeddings["<dog>"]["text_encoder"], dog)
     assert list(blend([(one, Weights(0)), (two, Weights())]).adapter.embeddings) == ["<dog>", "<cat>"]
-    other = Adapter({}, embeddings={"<cat>": {"text_encoder": dog}})
-    with pytest.raises(SdloraError, match="'<cat>'.*adapter 1.*adapter 3"):
-        blend([(one, Weights()), (two, Weights()), (other, Weights())])
+    for meaning in ({"text_encoder": dog}, {"text_encoder": cat, "text_encoder_2": cat}):
+        other = Adapter({}, embeddings={"<cat>": meaning})
+        with pytest.raises(SdloraError, match="'<cat>'.*adapter 1.*adapter 3"):
+            blend([(one, Weights()), (two, Weights()), (other, Weights())])

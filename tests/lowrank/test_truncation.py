@@ -307,6 +307,12 @@ def test_lora_that_loses_nothing_is_handed_back_as_it_is() -> None:
     assert as_low_rank(delta, (30, 40), Keep(ratio=1.01, rank=8))[0].rank == 1
 
 
+def test_a_tucker_core_goes_into_down_even_where_no_rank_is_lost() -> None:
+    small, _ = as_low_rank(DELTAS["tucker"], (20, 12, 3, 3), Keep(rank=6))
+    assert small.mid is None and small.rank == 6
+    assert distance(small, product(DELTAS["tucker"])) < 1e-6
+
+
 def test_the_result_takes_the_shape_of_the_weight() -> None:
     flat = lora(20, (45,), 4)
     for keep in (Keep(), Keep(rank=2)):
