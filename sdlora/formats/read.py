@@ -217,9 +217,12 @@ def _misplaced(opened: _Opened, chosen: Fit, judged: Verdict, candidates: list[F
 def _too_little(opened: _Opened, chosen: Fit) -> str | None:
     broken = [f"{stem} {why}" for stem, why in opened.found.broken.items()]
     total = len(opened.found.modules) + len(broken)
-    left = total - len(chosen.applied) - len(chosen.misfit)
+    left = total - len(chosen.applied)
+    if chosen.applied:  # the ends of a model, where an inpainting model differs, may have other shapes
+        left -= len(chosen.misfit)
     if total and not chosen.applied or left > (1 - ENOUGH) * total:
         examples = [*broken, *(f"{stem} is no module of the model" for stem in chosen.unknown)]
+        examples += chosen.misfit.values()
         return f"can only be applied in part: {left} of its {total} modules cannot, such as {examples[0]}; " + (
             "save it again, or take what fits with --partial"
         )

@@ -259,6 +259,11 @@ def test_what_has_not_the_shape_of_its_module_is_never_multiplied(mixer, tmp_pat
     refused(mixer, path, "was trained on another model|is a LoRA for|can only be applied in part")
 
 
+def test_an_end_of_the_model_alone_must_fit_too(mixer, tmp_path):
+    save_file({"lora_unet_conv_in.diff": torch.zeros(16, 9, 3, 3)}, tmp_path / "a.safetensors")
+    refused(mixer, tmp_path / "a.safetensors", r"1 of its 1 modules cannot, such as lora_unet_conv_in \(16x9x3x3, the")
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_parts_that_make_no_change_are_named(mixer, tmp_path, lora, case):
     parts = {f"{STEM}.{part}": value for part, value in BROKEN[case]().items()}
