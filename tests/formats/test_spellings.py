@@ -188,3 +188,20 @@ def test_the_header_tells_the_architecture_and_why(tmp_path: Path, architecture:
     assert receipt.made_for == (architecture.name,)
     assert any(line.startswith(evidence) for line in receipt.evidence)
     assert len(receipt.applied) == len(tensors) / 2
+
+
+def test_rotations_in_kohyas_own_naming(tmp_path: Path) -> None:
+    """F10: sd-scripts' networks/oft.py has a prefix of its own; its blocks turn the outputs."""
+    architecture, _ = model("sdxl")
+    path = next(path for path in architecture.shapes if path.endswith("attn2.to_k"))
+    out = architecture.shapes[path][0]
+    blocks = torch.randn(out // 4, 4, 4)
+    name = f"oft_unet_{flat(original(path.removeprefix('unet.'), 'sdxl'))}"
+    tensors = {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(1e-3)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter, receipt = read(tmp_path / "a.safetensors", architecture)
+    assert receipt.complete and receipt.laws == {"oft": 1}
+    base = torch.randn(architecture.shapes[path])
+    turned = base + adapter.deltas[path].weight(base)
+    assert not torch.allclose(turned, base, atol=1e-3)
+    torch.testing.assert_close(turned.norm(dim=0), base.norm(dim=0))  # a rotation keeps lengths
