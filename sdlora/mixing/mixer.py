@@ -5,6 +5,7 @@ W = W0 + sum(weight_i * delta_i), from its untouched copy, in float32, and round
 what it costs without LoRA. A law that asks for the base's weight gets W0, so that the order of adapters means nothing.
 """
 
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -257,7 +258,7 @@ def _shape(module: Any, attribute: str) -> tuple[int, ...]:
 
 
 def _name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
+    return path.name if os.path.isdir(path) else path.stem
 
 
 def _stamp(path: Path) -> Stamp:
