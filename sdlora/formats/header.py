@@ -197,7 +197,9 @@ def _named(path: Path) -> Path:
 def refuse_odd_path(path: Path) -> None:
     """SdloraError for a path that could not be shown in one line."""
     if BREAKS.search(str(path)):
-        raise SdloraError(f"{ascii(str(path))} cannot be read: it has a line break or a control character in it; rename it")
+        raise SdloraError(
+            f"{ascii(str(path))} cannot be read: it has a line break or a control character in it; rename it"
+        )
 
 
 def _steady(path: Path, read: Callable[[_State], T]) -> T:
