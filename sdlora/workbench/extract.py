@@ -1,9 +1,10 @@
 """Extracting: what a tuned model learned beyond its base, as a LoRA, module after module."""
 
 import json
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import ENDS
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.laws import Delta, Full
+from sdlora.lowrank.laws import Delta, Full, LowRank
 from sdlora.lowrank.laws.delta import matches, times
 from sdlora.lowrank.truncation import Keep, Kept, decompose
 from sdlora.workbench.output import Step
 
 RECORD = "sdlora.extracted"
+AT_A_TIME = 4  # modules; the largest of SDXL take some 0.7 GB each
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,7 @@ def extract(
 ) -> Generator[Step, None, Extracted]:
     """A LoRA of W_tuned - W_base in each Linear and Conv2d; yields after each.
 
-    Two modules are held at a time, beside what was extracted; how much that is lies with `keep` and `dtype`, that of
+    A few modules are held at a time, beside what was extracted; how much that is lies with `keep` and `dtype`, that of
     the factors. clamp: see `decompose`. components: all that both models have, if not given. whole: take biases and
     norms too, which have no low rank, as whole differences. Where the models are stored in two dtypes, a difference
     that rounding alone can make is none.
@@ -59,10 +63,14 @@ def extract(
     modules = _modules(base, tuned, chosen)
     deltas: dict[str, Delta] = {}
     kept: dict[str, Kept] = {}
-    for done, path in enumerate(modules, 1):
+
+    def work(path: str) -> tuple[LowRank, Kept] | None:
         change = _change(base, tuned, path)
-        if change is not None:
-            deltas[path], kept[path] = decompose(change, keep, clamp, dtype)
+        return None if change is None else decompose(change, keep, clamp, dtype)
+
+    for done, (path, found) in enumerate(_side_by_side(work, modules), 1):
+        if found is not None:
+            deltas[path], kept[path] = found
         yield Step(done, len(modules), path, kept.get(path))
     left = []
     for path, change in _other_changes(base, tuned, chosen, set(modules)):
@@ -78,6 +86,20 @@ def extract(
     unchanged = tuple(path for path in modules if path not in kept)
     absent = tuple(sorted({*base.components} ^ {*tuned.components}))
     return Extracted(adapter, kept, unchanged, tuple(left), absent)
+
+
+def _side_by_side(work: Callable[[str], T], paths: Sequence[str]) -> Iterator[tuple[str, T]]:
+    """(path, work(path)) in order; several modules at a time, each on one thread.
+
+    Several threads gain little on the decomposition of one matrix, and where a core is busy they wait for each other.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, AT_A_TIME), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from zip(paths, pool.map(work, paths), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what the workers set holds for threads to come, too
 
 
 def _components(base: Checkpoint, tuned: Checkpoint, asked: Sequence[str] | None) -> tuple[str, ...]:

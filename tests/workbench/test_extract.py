@@ -1,6 +1,8 @@
 """Extracting: a LoRA that was merged comes back, whatever the containers; what differs otherwise is named."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,17 @@ def test_an_inpainting_model_gives_what_its_parent_has_too(tmp_path):
     merged(base, [Parent(lora("sd1", suffix="to_q"))], tmp_path / "b")
     found = extracted(base, changed(tmp_path / "b", "unet", {"conv_in.weight": torch.randn(16, 9, 3, 3)}))
     assert found.left == ("unet.conv_in",) and QUERY in found.kept
+
+
+def test_an_extraction_that_is_left_early_leaves_no_thread_and_torch_as_it_was(tmp_path):
+    base, tuned = tiny_folder(tmp_path / "a", seed=0), tiny_folder(tmp_path / "b", seed=1)
+    threads, running = torch.get_num_threads(), threading.active_count()
+    work = extract(open_checkpoint(base), open_checkpoint(tuned), Keep(rank=4))
+    next(work)
+    work.close()
+    assert threading.active_count() == running
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
 
 
 def test_components_of_one_model_only_are_named(tmp_path):
