@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,21 @@ def test_a_folder_keeps_its_other_files_and_no_second_unmerged_copy_of_its_weigh
     assert before.keys() - there.keys() == {str(folder / name) for name in report.left_out}
     differing = {file for file in there if there[file] != before[file]}
     assert differing == {str(folder / "unet/diffusion_pytorch_model.safetensors")}
+
+
+def test_tensors_are_read_and_written_one_at_a_time(tmp_path):
+    base = single_file(tmp_path / "a.safetensors", "sd1")
+    large = {f"first_stage_model.{i}": torch.randn(2**20) for i in range(12)}
+    save_file(load_file(base) | large, base)
+    model, parent = open_checkpoint(base), Parent(adapters("sd1", suffix="to_q")[0])
+    tracemalloc.start()
+    try:
+        for _ in merge(model, [parent], tmp_path / "b.safetensors"):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * large["first_stage_model.0"].nbytes
 
 
 def test_biases_and_norms_are_merged_too(tmp_path):
