@@ -358,3 +358,19 @@ def test_an_alpha_of_nothing_is_told(tmp_path):
     save_file(load_file(tmp_path / "a.safetensors") | {f"{stem}.alpha": torch.tensor(0.0)}, tmp_path / "a.safetensors")
     _, receipt = read(tmp_path / "a.safetensors", sd1())
     assert f"alpha is 0 in 1 modules such as {QUERY}: they have no effect" in receipt.summary()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf, 1.0, -0.0, 448.0, -448.0])
+def test_numbers_that_are_not_finite_are_found_in_every_dtype(tmp_path, dtype, value):
+    """As torch itself judges what it has rounded the number to."""
+    down, up = factors(sd1(), QUERY)
+    up[-1, -1] = value
+    held = up.clamp(-448, 448).where(up.isfinite(), up).to(getattr(torch, dtype))
+    stem = kohya([QUERY])[QUERY]
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": held}, tmp_path / "a.safetensors")
+    if torch.isfinite(held.float()).all():
+        assert read(tmp_path / "a.safetensors", sd1())[1].finite
+    else:
+        with pytest.raises(SdloraError, match=f"{stem}.lora_up.weight holds numbers that are nan or infinite"):
+            read(tmp_path / "a.safetensors", sd1())
