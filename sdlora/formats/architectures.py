@@ -132,9 +132,11 @@ def architecture_of(components: Mapping[str, "nn.Module"]) -> Architecture:
 
     shapes = {path: tuple(module.weight.shape) for path, module in modules_of(components).items()}
     norms = modules_of(components, kinds=(nn.GroupNorm, nn.LayerNorm))
-    same = (one.name for one in known() if _inner(one.shapes) == _inner(shapes))
     widths = {path: tuple(module.weight.shape) for path, module in norms.items()}
-    return Architecture(next(same, "custom"), shapes, widths)
+    same = next((one for one in known() if _inner(one.shapes) == _inner(shapes)), None)
+    if same and (same.shapes, same.norms) == (shapes, widths):
+        return same  # itself, since names are remembered by architecture
+    return Architecture(same.name if same else "custom", shapes, widths)
 
 
 def has_bias(module: str) -> bool:
