@@ -311,12 +311,14 @@ def _checked(key: str, value: Tensor, whole: bool = False) -> Tensor:
     if value.is_floating_point() == whole or value.is_complex():
         wanted = "whole numbers" if whole else "numbers with a fraction"
         raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where {wanted} belong; save it again")
+    if value.numel() == 1:
+        _number(key, value)
     return value
 
 
 def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
-        if value.is_floating_point() and value.numel() and not _finite(value):
+        if value.is_floating_point() and value.numel() > 1 and not _finite(value):  # single numbers: see _number
             raise SdloraError(f"{path}: {key} holds numbers that are nan or infinite; use an earlier checkpoint")
 
 
