@@ -109,7 +109,6 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
     if why and not (partial and chosen.applied):
         raise SdloraError(f"{path} {why}")
     tensors, sha256, autov3 = _load(opened)
-    _refuse_not_finite(Path(path), tensors)
     deltas = _deltas(opened, chosen, tensors)
     embeddings, odd = _embeddings(opened, architecture, tensors)
     receipt = _receipt(opened, chosen, {}, judged)
@@ -311,15 +310,9 @@ def _checked(key: str, value: Tensor, whole: bool = False) -> Tensor:
     if value.is_floating_point() == whole or value.is_complex():
         wanted = "whole numbers" if whole else "numbers with a fraction"
         raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where {wanted} belong; save it again")
-    if value.numel() == 1:
-        _number(key, value)
+    if value.numel() and not whole and not _finite(value):
+        raise SdloraError(f"{key} holds numbers that are nan or infinite; use an earlier checkpoint")
     return value
-
-
-def _refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key, value in tensors.items():
-        if value.is_floating_point() and value.numel() > 1 and not _finite(value):  # single numbers: see _number
-            raise SdloraError(f"{path}: {key} holds numbers that are nan or infinite; use an earlier checkpoint")
 
 
 def _finite(value: Tensor) -> bool:
