@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 VARIANTS = ("", ".fp16")
+FLOATING = ("F", "BF")  # how headers call such dtypes
 # Tensors of files whose weights mean something only together with factors that lie beside them.
 QUANTISED = ("scaled_fp8", ".scale_weight", ".quant_state.bitsandbytes__nf4", ".absmax")
 
@@ -98,7 +99,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise SdloraError(f"no model at {path}; give a diffusers folder or a .safetensors file")
     files, places = _folder(path) if path.is_dir() else _single_file(path)
     shapes = {(file, key): spec.shape for file, header in files.items() for key, spec in header.tensors.items()}
-    _refuse_other_numbers(path, files)
+    _refuse_other_numbers(path, files, places.values())
     parameters = {name: place.shape(shapes[place.file, place.key]) for name, place in places.items()}
     return Checkpoint(path, _architecture(parameters), parameters, places, files)
 
@@ -193,11 +194,13 @@ def _inner(shapes: Shapes, components: Iterable[str]) -> Iterator[tuple[str, Sha
             yield path, shape
 
 
-def _refuse_other_numbers(path: Path, files: Mapping[Path, Header]) -> None:
-    for header in files.values():
-        for key, spec in header.tensors.items():
-            if key.endswith(QUANTISED) or spec.dtype not in DTYPES:
+def _refuse_other_numbers(path: Path, files: Mapping[Path, Header], places: Iterable[Place]) -> None:
+    """Parameters must be floating-point numbers that say all by themselves."""
+    ours = {(place.file, place.key) for place in places}
+    for file, header in files.items():
+        for key, (_, kind) in header.tensors.items():
+            known_kind = kind in DTYPES and (kind.startswith(FLOATING) or (file, key) not in ours)
+            if key.endswith(QUANTISED) or not known_kind:
                 raise SdloraError(
-                    f"{path} is quantised (it holds {key} in {spec.dtype}); "
-                    "give the model in float16, bfloat16 or float32"
+                    f"{path} is quantised (it holds {key} in {kind}); give the model in float16, bfloat16 or float32"
                 )

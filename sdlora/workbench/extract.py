@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -153,26 +153,23 @@ def _other_changes(
 def _change(base: Checkpoint, tuned: Checkpoint, path: str) -> Tensor | None:
     """W_tuned - W_base in float32, in the base's shape; None where nothing differs but the dtypes' rounding."""
     before, after = base.tensor(path), tuned.tensor(path)
-    tolerance = _rounding(before, after)
-    before, after = before.float(), after.float().reshape(before.shape)
-    change = after - before
-    if not torch.isfinite(change).all():
-        raise SdloraError(
-            f"{path} holds values that are not finite in {base.path} or {tuned.path}; fetch the model again"
-        )
-    if (change.abs() <= tolerance.relative * torch.maximum(before.abs(), after.abs()) + tolerance.absolute).all():
+    after = after.reshape(before.shape)
+    one_dtype = before.dtype == after.dtype
+    if one_dtype and torch.equal(before, after):
         return None
-    return change
+    change = after.float() - before.float()
+    if not torch.isfinite(change).all():
+        where = f"{base.path} or {tuned.path}"
+        raise SdloraError(f"{path} holds values that are not finite in {where}; fetch the model again")
+    return None if not one_dtype and _is_rounding(change, before, after) else change
 
 
-class _Tolerance(NamedTuple):
-    relative: float
-    absolute: float
-
-
-def _rounding(before: Tensor, after: Tensor) -> _Tolerance:
-    """How far apart two roundings of one number can be: half a unit in the last place of each dtype."""
-    if before.dtype == after.dtype:
-        return _Tolerance(0.0, 0.0)
+def _is_rounding(change: Tensor, before: Tensor, after: Tensor) -> bool:
+    """Whether both can be roundings of one number: half a unit in the last place of each dtype."""
     kinds = [torch.finfo(one.dtype) for one in (before, after)]
-    return _Tolerance(sum(kind.eps for kind in kinds) / 2, sum(kind.smallest_normal * kind.eps for kind in kinds) / 2)
+    relative, absolute = (
+        sum(kind.eps for kind in kinds) / 2,
+        sum(kind.smallest_normal * kind.eps for kind in kinds) / 2,
+    )
+    sizes = torch.maximum(before.float().abs(), after.float().abs())
+    return bool((change.abs() <= relative * sizes + absolute).all())

@@ -157,8 +157,6 @@ def _touched(base: Checkpoint, parents: Sequence[Parent]) -> Touched:
     touched: dict[tuple[Path, str], list[tuple[str, Terms]]] = defaultdict(list)
     for path, changes in terms.items():
         place = base.places[path]
-        if not _torch_dtype(base.files[place.file].tensors[place.key]).is_floating_point:
-            raise SdloraError(f"{base.path} is quantised in {path}; give the model in float16, bfloat16 or float32")
         touched[place.file, place.key].append((path, changes))
     return touched
 
@@ -204,22 +202,17 @@ def _rewrite(
 
     def spec_of(key: str) -> Spec:
         spec = specs[key]
-        asked = dtype is not None and key in ours and _torch_dtype(spec).is_floating_point
-        return Spec(spec.shape, WRITTEN[dtype]) if asked else spec  # type: ignore[index]
+        return spec if dtype is None or key not in ours else Spec(spec.shape, WRITTEN[dtype])
 
     def tensor_of(key: str) -> Tensor:
         whole = base.whole(file, key)
-        wanted = _torch_dtype(spec_of(key))
+        wanted = getattr(torch, DTYPES[spec_of(key).dtype])
         changes = [(path, places[path], terms) for path, terms in touched.get((file, key), ())]
         if not changes and whole.dtype == wanted:
             return whole
         return _rounded(_changed(whole, changes), wanted, f"{key} of {file}")
 
     yield from write_stream(target, {key: spec_of(key) for key in specs}, _metadata(file, parents), tensor_of)
-
-
-def _torch_dtype(spec: Spec) -> torch.dtype:
-    return getattr(torch, DTYPES[spec.dtype])
 
 
 def _changed(whole: Tensor, changes: Sequence[tuple[str, Place, Terms]]) -> Tensor:

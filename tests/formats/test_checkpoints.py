@@ -183,6 +183,8 @@ def damage(folder: Path, file: Path, kind: str) -> Path:
         save_file(tensors | {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight": torch.tensor(1.0)}, file)
     elif kind == "quantised":
         save_file(tensors | {"model.diffusion_model.out.2.scale_weight": torch.ones(1)}, file)
+    elif kind == "integers":
+        save_file(tensors | {"model.diffusion_model.out.2.weight": torch.ones(4, 16, 3, 3, dtype=torch.int8)}, file)
     elif kind == "no index":
         (folder / "model_index.json").unlink()
         return folder
@@ -206,7 +208,8 @@ def damage(folder: Path, file: Path, kind: str) -> Path:
         ("lora", "is no checkpoint of SD 1.x, SD 2.x or SDXL; is it a LoRA"),
         ("axes", "is no checkpoint"),
         ("hole", "lacks 1 tensors .* such as model.diffusion_model.middle_block.1.norm.weight; fetch it again"),
-        ("quantised", "is quantised"),
+        ("quantised", r"is quantised \(it holds model.diffusion_model.out.2.scale_weight"),
+        ("integers", r"is quantised \(it holds model.diffusion_model.out.2.weight in I8\)"),
         ("no index", "has no model_index.json; give the folder of a diffusers pipeline"),
         ("no unet", "has no folder unet"),
         ("pickles", r"its weights are in a pickle \(diffusion_pytorch_model.bin\), which is not read"),
