@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from sdlora.formats.checkpoints import Checkpoint
-    from sdlora.lowrank.truncation import Keep, Kept
+    from sdlora.formats.receipt import Receipt
+    from sdlora.lowrank.truncation import Keep
+    from sdlora.workbench.output import Written
 
 Loras = Annotated[str, Parameter(help="FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; files or PEFT folders")]
 Lora = Annotated[Path, Parameter(help="LoRA file or PEFT folder")]
@@ -28,6 +30,7 @@ BASE = "model that the LoRA was trained on, needed where a law depends on its we
 NAMING = "kohya, diffusers, comfyui, or peft, which is a folder"
 DTYPE = "float32, float16 or bfloat16 [default: that of the source]"
 OVERWRITE = "replace what is there"
+PARTIAL = "take what fits of files that are for another model or not whole, too"
 OUTPUT = "what to write"
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -39,7 +42,7 @@ class InspectFlags:
     json: bool = flag(False, "print one JSON array with all that is known")
     header: bool = flag(False, "look at headers only: no hashes, alphas and norms, but in milliseconds")
     base: str | None = flag(None, BASE)
-    partial: bool = flag(False, "take what fits of files that are for another model, too")
+    partial: bool = flag(False, PARTIAL)
 
 
 def inspect(*files: Lora, flags: Annotated[InspectFlags, Parameter(name="*")] = InspectFlags()) -> None:  # noqa: B008
@@ -81,7 +84,7 @@ class ConvertFlags:
     to_lora: bool = flag(False, "make plain LoRA of other laws, and print what that loses")
     rank: Whole | None = flag(None, "with --to-lora: at most so many ranks [default: all that are not noise]")
     base: str | None = flag(None, BASE)
-    partial: bool = flag(False, "take what fits of a file that is for another model")
+    partial: bool = flag(False, PARTIAL)
     overwrite: bool = flag(False, OVERWRITE)
 
 
@@ -96,7 +99,7 @@ def convert(file: Lora, *, flags: Annotated[ConvertFlags, Parameter(name="*")] =
 
     refuse_place(output, flags.naming, flags.overwrite)
     base = _model(flags.base)
-    done = workbench.convert(
+    work = workbench.convert(
         file,
         output,
         flags.naming,
@@ -106,8 +109,7 @@ def convert(file: Lora, *, flags: Annotated[ConvertFlags, Parameter(name="*")] =
         base.architecture if base else None,
         flags.partial,
     )
-    _tell(done.receipt.summary())
-    _done(output, done.kept)
+    _done(output, _driven(work))
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class BlendFlags:
     naming: str = flag("kohya", NAMING)
     dtype: str | None = flag(None, DTYPE)
     base: str | None = flag(None, BASE)
+    partial: bool = flag(False, PARTIAL)
     overwrite: bool = flag(False, OVERWRITE)
 
 
@@ -137,7 +140,7 @@ def blend(*loras: Loras, flags: Annotated[BlendFlags, Parameter(name="*")] = Ble
     parts = with_blocks([parse_part(text) for text in loras], flags.block or ())
     recipe = Recipe(flags.method, _keep(rank=flags.rank), flags.density, flags.seed)
     work = blend_files(
-        parts, output, recipe, _model(flags.base), flags.naming, _dtype(flags.dtype), overwrite=flags.overwrite
+        parts, output, recipe, _model(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
     )
     _done(output, _driven(work))
 
@@ -154,6 +157,7 @@ class ResizeFlags:
     naming: str = flag("kohya", NAMING)
     dtype: str | None = flag(None, DTYPE)
     base: str | None = flag(None, BASE)
+    partial: bool = flag(False, PARTIAL)
     overwrite: bool = flag(False, OVERWRITE)
 
 
@@ -166,7 +170,7 @@ def resize(file: Lora, *, flags: Annotated[ResizeFlags, Parameter(name="*")] = R
     if keep is None:
         raise SdloraError("nothing says what to keep; give --rank, --ratio, --frobenius or --cumulative")
     work = resize_file(
-        file, output, keep, _model(flags.base), flags.naming, _dtype(flags.dtype), overwrite=flags.overwrite
+        file, output, keep, _model(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
     )
     _done(output, _driven(work))
 
@@ -196,7 +200,7 @@ def extract(tuned: Model, *, flags: Annotated[ExtractFlags, Parameter(name="*")]
         raise SdloraError("no base is given; name the model that the other was tuned from with --base")
     from sdlora.formats.write import write
     from sdlora.workbench import extract as workbench
-    from sdlora.workbench.output import refuse_place
+    from sdlora.workbench.output import Written, refuse_place
 
     refuse_place(output, flags.naming, flags.overwrite)
     keep, dtype = _keep(flags.rank, flags.ratio, flags.frobenius, flags.cumulative), _dtype(flags.dtype)
@@ -204,7 +208,7 @@ def extract(tuned: Model, *, flags: Annotated[ExtractFlags, Parameter(name="*")]
     assert base and other and keep and dtype
     found = _driven(workbench.extract(base, other, keep, flags.clamp, flags.component, flags.whole, dtype))
     write(found.adapter, output, flags.naming, dtype, flags.overwrite)
-    _done(output, found.kept)
+    _done(output, Written((), found.kept))
     for what, names in (("differ and were not taken", found.left), ("are in one model only", found.absent)):
         if names:
             _tell(f"{len(names)} {what}, such as {names[0]}")
@@ -218,6 +222,7 @@ class MergeFlags:
     output: Output = flag(None, "the merged model: a folder if the base is one, else a file")
     block: list[str] | None = flag(None, "FILE=PATTERN:FACTOR, such as A=unet.down_blocks.*:0.5; repeat it for several")
     dtype: str | None = flag(None, "float32, float16 or bfloat16 [default: that of the base]")
+    partial: bool = flag(False, PARTIAL)
     overwrite: bool = flag(False, "replace a file that is there")
 
 
@@ -233,11 +238,13 @@ def merge(*loras: Loras, flags: Annotated[MergeFlags, Parameter(name="*")] = Mer
     from sdlora.workbench.parts import open_parts, parse_part, with_blocks
 
     parts = with_blocks([parse_part(text) for text in loras], flags.block or ())
+    opened = open_parts(parts, base, flags.partial)
     parents = [
         workbench.Parent(one.adapter, one.weights.of(list(one.adapter.deltas)), one.part.path.name, one.receipt.sha256)
-        for one in open_parts(parts, base)
+        for one in opened
     ]
     done = _driven(workbench.merge(base, parents, output, _dtype(flags.dtype), flags.overwrite))
+    _tell_receipts(one.receipt for one in opened)
     print(f"{output}: {len(done.changed)} parameters changed")
     notes = (
         ("learned tokens cannot be merged", done.not_merged),
@@ -296,12 +303,20 @@ def _driven(work: Generator[Any, None, Any]) -> Any:
             bar.update(step.done - bar.n)
 
 
-def _done(output: Path, kept: Mapping[str, Kept]) -> None:
+def _done(output: Path, written: Written) -> None:
     from sdlora.cli.show import kept_lines
 
-    for line in kept_lines(kept):
+    _tell_receipts(written.receipts)
+    for line in kept_lines(written.kept):
         print(line)
     print(output)
+
+
+def _tell_receipts(receipts: Iterable[Receipt]) -> None:
+    """What of the files read did not apply, by name, and what else is worth knowing."""
+    for receipt in receipts:
+        if receipt.notes or not receipt.complete:
+            _tell(receipt.summary())
 
 
 def _tell(note: str) -> None:

@@ -55,6 +55,7 @@ class GenerateFlags:
 
     prompt: str = field(metadata={"help": "what to paint"})
     lora: list[str] | None = flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
+    partial: bool = flag(False, "take what fits of LoRAs that are for another model or not whole")
     negative_prompt: str = flag("", "what not to paint")
     model: str = flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
     seed: Whole = flag(0, "seed of the first picture, the next ones count up")
@@ -73,6 +74,7 @@ class GenerateFlags:
             negative_prompt=self.negative_prompt,
             model=self.model,
             loras=tuple(map(parse_lora, self.lora or ())),
+            partial=self.partial,
             seed=self.seed,
             steps=self.steps,
             guidance_scale=self.guidance,
@@ -96,7 +98,7 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     mixer = open_mixer(job.model)
     hold(mixer, job)
     for lora in job.loras:
-        print(mixer.load(lora.path, name=adapter_name(lora)).summary())
+        print(mixer.load(lora.path, adapter_name(lora), job.partial).summary())
     notes: tuple[str, ...] = ()
     with tqdm(unit="step", leave=False, disable=None) as bar:
         for event in render(mixer, job):

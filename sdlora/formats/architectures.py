@@ -153,14 +153,15 @@ def _inner(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _architecture(name: str, unet: UNetPlan, **text_encoders: TextEncoderPlan) -> Architecture:
-    modules = {f"unet.{path}": shape for path, shape in _unet(unet)}
+    modules = {f"unet.{path}": shape for path, shape in unet_modules(unet)}
     for component, plan in text_encoders.items():
         modules |= {f"{component}.{path}": shape for path, shape in _text_encoder(plan)}
     shapes = {path: shape for path, shape in modules.items() if len(shape) > 1}
     return Architecture(name, shapes, {path: shape for path, shape in modules.items() if len(shape) == 1})
 
 
-def _unet(plan: UNetPlan) -> Iterator[Module]:
+def unet_modules(plan: UNetPlan) -> Iterator[Module]:
+    """(path within the UNet, shape of the weight) of each module that has one, in the model's order."""
     widths, layers = plan.block_out_channels, plan.layers_per_block
     first, last, time = widths[0], widths[-1], 4 * widths[0]
     yield "conv_in", (first, plan.channels, 3, 3)

@@ -12,8 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.formats.architectures import UNetPlan, has_bias
-from sdlora.formats.architectures import _unet as unet_modules
+from sdlora.formats.architectures import UNetPlan, has_bias, unet_modules
 from sdlora.formats.names import original_unet
 
 if TYPE_CHECKING:

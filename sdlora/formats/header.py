@@ -190,7 +190,7 @@ def _named(path: Path) -> Path:
             "fetch it as .safetensors, or save it as that with a program that you trust it with"
         )
     if kind != ".safetensors":
-        raise SdloraError(f"{path} is no .safetensors file; LoRAs are read in that form only")
+        raise SdloraError(f"{path} is no .safetensors file; LoRAs and models are read in that form only")
     return path
 
 
@@ -269,7 +269,7 @@ def _raw_header(path: Path, state: _State) -> bytes:
     if len(start) < 8 or len(raw) < length:
         raise _damaged(path, f"its header needs {8 + length} bytes, there are {state.size}", _CutShort)
     if max(raw.count(b'"'), raw.count(b",")) > MOST_MARKS:
-        raise SdloraError(f"{path} has a header with more names than any LoRA has; choose another file")
+        raise SdloraError(f"{path} has a header with more names than any model has; choose another file")
     return raw
 
 
@@ -281,7 +281,7 @@ def _damaged(path: Path, reason: str, kind: type[SdloraError] = SdloraError) -> 
 
 
 def _unreadable(path: Path, error: Exception) -> SdloraError:
-    return SdloraError(f"LoRA {path} cannot be read ({getattr(error, 'strerror', None) or error}); check the path")
+    return SdloraError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); check the path")
 
 
 def _refuse_odd_names(path: Path, raw: bytes, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:

@@ -35,6 +35,14 @@ class TrainingFacts:
     settings: Mapping[str, str | int | float | None]
 
 
+def base_keys(architecture: str) -> dict[str, str]:
+    """What the metadata says of the base model's architecture (its name here), {} for one that others do not know."""
+    if architecture not in _BASES:
+        return {}
+    version, spec = _BASES[architecture]
+    return {"ss_base_model_version": version, "ss_v2": str(architecture == "sd2"), "modelspec.architecture": spec}
+
+
 def to_metadata(facts: TrainingFacts) -> dict[str, str]:
     """The metadata of a trained LoRA, all text, as safetensors wants it."""
     version, spec = _BASES.get(facts.architecture, ("", f"{Path(facts.model).name}/lora"))

@@ -37,6 +37,7 @@ class LoraWeight:
 class Job:
     """What to generate. Values out of bounds raise SdloraError.
 
+    partial: take what fits of LoRAs that are for another model or not whole;
     width, height: pixels, None for the model's own size; guidance_scale 1 means no guidance;
     picture i of `count` has the seed seed + i and does not depend on count.
     """
@@ -45,6 +46,7 @@ class Job:
     negative_prompt: str = ""
     model: str = "toybox"
     loras: tuple[LoraWeight, ...] = ()
+    partial: bool = False
     seed: int = 0
     steps: int = 20
     guidance_scale: float = 5.0

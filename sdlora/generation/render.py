@@ -70,7 +70,7 @@ def hold(mixer: Mixer, job: Job) -> Job:
     if twice:
         raise SdloraError(f"{twice} is given twice; give each LoRA once, with the sum of its weights")
     wanted = {name: (lora.path, _weights(mixer.pipeline, lora)) for name, lora in zip(names, job.loras, strict=True)}
-    receipts = mixer.hold(wanted)
+    receipts = mixer.hold(wanted, job.partial)
     own = mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
     hashes = (receipts[name].sha256 for name in names)
     loras = tuple(replace(lora, sha256=sha256) for lora, sha256 in zip(job.loras, hashes, strict=True))

@@ -35,10 +35,11 @@ KINDS = (*WRAPPABLE, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter was read from, and what lay there then."""
+    """Where an adapter was read from, and what lay there then. partial: whether a part of it would have done."""
 
     path: Path
     stamp: Stamp
+    partial: bool
     receipt: Receipt
 
 
@@ -77,27 +78,27 @@ class Mixer:
         """The weights in force, by adapter and component; adapters that are off are left out."""
         return {name: dict(weights) for name, weights in self._weights.items()}
 
-    def load(self, path: Path | str, name: str | None = None) -> Receipt:
+    def load(self, path: Path | str, name: str | None = None, partial: bool = False) -> Receipt:
         """Add the adapter of a LoRA file or PEFT folder, at weight 0, and return the receipt of reading it.
 
         What was loaded before is read again only if it has changed; a name that is taken is replaced and keeps its
-        weights. Files that do not fit raise SdloraError and change nothing.
+        weights. Files that do not fit raise SdloraError and change nothing. partial: as for `read`.
         """
         path = Path(path)
         name = _name(path) if name is None else name
-        adapter, source = self._read(path, name)
+        adapter, source = self._read(path, name, partial)
         if source is not self._sources.get(name):
             self.add(adapter, name)
             self._sources[name] = source
         return source.receipt
 
-    def hold(self, files: Mapping[str, tuple[Path | str, Weights]]) -> dict[str, Receipt]:
+    def hold(self, files: Mapping[str, tuple[Path | str, Weights]], partial: bool = False) -> dict[str, Receipt]:
         """Hold exactly these, each a path and its weights by name, and nothing else; returns their receipts.
 
         One step: what leaves makes room for what comes, as for another LoRA's token of the same name. Where one of them
-        cannot be had, SdloraError, and nothing has changed.
+        cannot be had, SdloraError, and nothing has changed. partial: as for `read`.
         """
-        found = {name: self._read(Path(path), name) for name, (path, _) in files.items()}
+        found = {name: self._read(Path(path), name, partial) for name, (path, _) in files.items()}
         weights = {name: self._by_component(name, told) for name, (_, told) in files.items()}
         for name, (adapter, source) in found.items():
             if source is not self._sources.get(name):
@@ -137,13 +138,13 @@ class Mixer:
         if name not in self._adapters:
             raise SdloraError(f"no LoRA named {name!r} is loaded{nearest(name, self._adapters)}; load it first")
 
-    def _read(self, path: Path, name: str) -> tuple[Adapter, Source]:
+    def _read(self, path: Path, name: str, partial: bool) -> tuple[Adapter, Source]:
         """What lies at the path now; if that is what the name already stands for, the very same objects."""
         stamp, known = _stamp(path), self._sources.get(name)
-        if known and (known.path, known.stamp) == (path, stamp):
+        if known and (known.path, known.stamp, known.partial) == (path, stamp, partial):
             return self._adapters[name], known
-        adapter, receipt = read(path, self.architecture)
-        return adapter, Source(path, stamp, receipt)
+        adapter, receipt = read(path, self.architecture, partial)
+        return adapter, Source(path, stamp, partial, receipt)
 
     def _check(self, adapter: Adapter, name: str) -> None:
         """SdloraError where the adapter does not fit the model."""

@@ -16,7 +16,7 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.blend import blended
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.truncation import Keep, Kept
-from sdlora.workbench.output import Step, bases_of, refuse_place
+from sdlora.workbench.output import Step, Written, bases_of, refuse_place
 from sdlora.workbench.parts import Opened, Part, open_parts
 
 RECORD = "sdlora.blended"
@@ -51,16 +51,17 @@ def blend_files(
     naming: str = "kohya",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-) -> Generator[Step, None, dict[str, Kept]]:
-    """Blend files into one; yields after each parameter. The value is what the parameters that have ranks kept.
+    partial: bool = False,
+) -> Generator[Step, None, Written]:
+    """Blend files into one; yields after each parameter.
 
     base: the model, needed for laws that depend on its weights. dtype: None for the one that the parents share, or
-    float32. Parents' names, hashes and weights go into the metadata. All is read before anything is written, so the
-    output may be one of the parents, given `overwrite`.
+    float32. partial: as for `read`. Parents' names, hashes and weights go into the metadata. All is read before
+    anything is written, so the output may be one of the parents, given `overwrite`.
     SdloraError: the output is in the way, a file cannot be read, or they cannot be blended.
     """
     refuse_place(output, naming, overwrite)
-    opened = open_parts(parts, base)
+    opened = open_parts(parts, base, partial)
     pairs = [(one.adapter, one.weights) for one in opened]
     total = len({path for one in opened for path, weight in one.weights.of(list(one.adapter.deltas)).items() if weight})
     deltas: dict[str, Delta] = {}
@@ -75,7 +76,7 @@ def blend_files(
     dtypes = {dtype_of(one.adapter) for one in opened}
     shared = dtypes.pop() if len(dtypes) == 1 else torch.float32
     write(Adapter(deltas, _metadata(opened, recipe), embeddings), output, naming, dtype or shared, overwrite)
-    return kept
+    return Written(tuple(one.receipt for one in opened), kept)
 
 
 def _counts(one: Opened) -> bool:

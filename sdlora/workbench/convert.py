@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,28 +12,19 @@ from torch import Tensor
 from sdlora.errors import SdloraError
 from sdlora.formats.architectures import Architecture, known
 from sdlora.formats.read import read
-from sdlora.formats.receipt import Receipt
 from sdlora.formats.spelled import BIAS
 from sdlora.formats.write import dtype_of, write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, Full, LowRank
 from sdlora.lowrank.laws.delta import Shape
 from sdlora.lowrank.truncation import Keep, Kept, as_low_rank
+from sdlora.workbench.output import Step, Written
 
 SOURCE, SOURCE_HASH = "sdlora_converted_from", "sdlora_converted_from_sha256"
 # Hashes of the content of the source, which are wrong in any other file. `write` tells the new one.
 STALE = ("sshs_legacy_hash", "modelspec.hash_sha256")
 
 Base = Callable[[str], Tensor]  # parameter -> the untouched weight or bias
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """What became of a file. receipt: of the source; kept: of each change that was made plain LoRA, by its path."""
-
-    receipt: Receipt
-    kept: Mapping[str, Kept]
-    output: Path
 
 
 def convert(
@@ -45,8 +36,10 @@ def convert(
     base: Base | None = None,
     architecture: Architecture | None = None,
     partial: bool = False,
-) -> Conversion:
-    """Read a LoRA and write it in a naming (see `write`); source and output may be the same.
+) -> Generator[Step, None, Written]:
+    """Read a LoRA and write it in a naming (see `write`); yields after each change that is made plain LoRA.
+
+    Source and output may be the same. What is kept is told of the changes that were made plain LoRA.
 
     dtype: None for that of the source, if all its factors share one that can be written, else float32.
     to_lora: make changes of other laws plain LoRA, at the ranks that it keeps; plain LoRA stays as it is.
@@ -59,19 +52,19 @@ def convert(
     kept: dict[str, Kept] = {}
     if to_lora:
         architecture = architecture or next(one for one in known() if one.name == receipt.made_for[0])
-        adapter, kept = plain(adapter, architecture, to_lora, base)
+        adapter, kept = yield from plain(adapter, architecture, to_lora, base)
     metadata = {name: text for name, text in adapter.metadata.items() if name not in STALE}
     if kept:  # they tell of the law that was
         metadata.pop("ss_network_args", None)
     metadata |= {SOURCE: receipt.path.name, SOURCE_HASH: receipt.sha256}
     write(replace(adapter, metadata=metadata), output, naming, dtype)
-    return Conversion(receipt, kept, Path(output))
+    return Written((receipt,), kept)
 
 
 def plain(
     adapter: Adapter, architecture: Architecture, keep: Keep, base: Base | None = None
-) -> tuple[Adapter, dict[str, Kept]]:
-    """The adapter with every change of a weight as plain LoRA, and what those kept that were not.
+) -> Generator[Step, None, tuple[Adapter, dict[str, Kept]]]:
+    """The adapter with every change of a weight as plain LoRA, and what those kept that were not; yields after each.
 
     Norms and biases have no low-rank form; changes of them that depend on the base are written out whole.
     SdloraError: a law needs the base's weights, and none are given or it has none of that name.
@@ -87,6 +80,7 @@ def plain(
             raise SdloraError(f"{parameter}: {error}") from error
         if lost:
             kept[parameter] = lost
+        yield Step(len(deltas), len(adapter.deltas), parameter, lost)
     return replace(adapter, deltas=deltas), kept
 
 

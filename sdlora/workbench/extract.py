@@ -12,6 +12,7 @@ from torch import Tensor
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import ENDS
 from sdlora.formats.checkpoints import Checkpoint
+from sdlora.formats.metadata import base_keys
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, Full, LowRank
 from sdlora.lowrank.laws.delta import matches, times
@@ -82,7 +83,8 @@ def extract(
         also = f"; what differs is in {left[0]} and has no low rank" if left else ""
         raise SdloraError(f"nothing to extract: {tuned.path} and {base.path} have the same modules{also}")
     told = {"base": base.path.name, "tuned": tuned.path.name, "clamp": clamp}
-    adapter = Adapter(deltas, {RECORD: json.dumps(told, ensure_ascii=False)})
+    metadata = base_keys(base.architecture.name) | {RECORD: json.dumps(told, ensure_ascii=False)}
+    adapter = Adapter(deltas, metadata)
     unchanged = tuple(path for path in modules if path not in kept)
     absent = tuple(sorted({*base.components} ^ {*tuned.components}))
     return Extracted(adapter, kept, unchanged, tuple(left), absent)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdlora.errors import SdloraError
 from sdlora.formats.names import NAMINGS
+from sdlora.formats.receipt import Receipt
 from sdlora.lowrank.truncation import Kept
 
 if TYPE_CHECKING:
@@ -26,6 +28,14 @@ class Step(NamedTuple):
     total: int
     path: str
     kept: Kept | None
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What became of the files read: their receipts, which name what did not apply, and what each module kept."""
+
+    receipts: tuple[Receipt, ...]
+    kept: Mapping[str, Kept]
 
 
 def refuse_place(output: Path, naming: str, overwrite: bool) -> None:

@@ -75,8 +75,8 @@ def with_blocks(parts: Sequence[Part], blocks: Sequence[str]) -> list[Part]:
     return found
 
 
-def open_parts(parts: Sequence[Part], base: Checkpoint | None = None) -> list[Opened]:
-    """Read the parts for the base's architecture, else for the one that all are made for.
+def open_parts(parts: Sequence[Part], base: Checkpoint | None = None, partial: bool = False) -> list[Opened]:
+    """Read the parts for the base's architecture, else for the one that all are made for. partial: as for `read`.
 
     SdloraError: none are given, one cannot be read, or they are for several architectures.
     """
@@ -85,7 +85,7 @@ def open_parts(parts: Sequence[Part], base: Checkpoint | None = None) -> list[Op
     architecture = base.architecture if base else _shared([describe(part.path) for part in parts])
     opened = []
     for part in parts:
-        adapter, receipt = read(part.path, architecture)
+        adapter, receipt = read(part.path, architecture, partial)
         opened.append(Opened(part, adapter, receipt, _weights(part, adapter)))
     return opened
 

@@ -14,7 +14,7 @@ from sdlora.formats.read import read
 from sdlora.formats.write import dtype_of, write
 from sdlora.lowrank.resize import resize
 from sdlora.lowrank.truncation import Keep, Kept
-from sdlora.workbench.output import Step, bases_of, lasting, refuse_place
+from sdlora.workbench.output import Step, Written, bases_of, lasting, refuse_place
 
 RECORD = "sdlora.resized"
 
@@ -27,15 +27,17 @@ def resize_file(
     naming: str = "kohya",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-) -> Generator[Step, None, dict[str, Kept]]:
-    """Write a LoRA with the ranks that `keep` leaves; yields after each parameter. The value is what those kept.
+    partial: bool = False,
+) -> Generator[Step, None, Written]:
+    """Write a LoRA with the ranks that `keep` leaves; yields after each parameter.
 
     base: the model, needed for laws that depend on its weights. dtype: None for the source's, or float32 if it has
-    several. Metadata stays, with a record of the source's hash. Output and source may be the same, given `overwrite`.
+    several. partial: as for `read`. Metadata stays, with a record of the source's hash. Output and source may be the
+    same, given `overwrite`.
     SdloraError: the output is in the way, or the file cannot be read or resized.
     """
     refuse_place(output, naming, overwrite)
-    adapter, receipt = read(source, base.architecture if base else None)
+    adapter, receipt = read(source, base.architecture if base else None, partial)
     kept: dict[str, Kept] = {}
     work = resize(adapter, keep, bases_of(base))
     done = 0
@@ -52,4 +54,4 @@ def resize_file(
     record = {"source": source.name, "sha256": receipt.sha256, "keep": asdict(keep)}
     metadata = lasting(adapter.metadata) | {RECORD: json.dumps(record, ensure_ascii=False)}
     write(replace(small, metadata=metadata), output, naming, dtype or dtype_of(adapter), overwrite)
-    return kept
+    return Written((receipt,), kept)

@@ -177,3 +177,36 @@ def test_what_is_merged_is_extracted_again(tmp_path: Path, capsys: pytest.Captur
     assert list(adapter.deltas) == [module]
     assert close(adapter.deltas[module].weight(torch.zeros(out, into)).double(), 0.5 * up.double() @ down.double())
     assert "1 parameters changed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def half(pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> str:
+    """A.safetensors with a module that is not whole, one of three: too much to go unasked."""
+    tensors = load_file("A.safetensors")
+    del tensors[f"{kohya([MIDDLE])[MIDDLE]}.lora_up.weight"]
+    save_file(tensors, "half.safetensors")
+    return "half.safetensors"
+
+
+VERBS = [
+    ["convert", "half.safetensors", "--naming", "diffusers"],
+    ["blend", "half.safetensors:0.5", "B.safetensors"],
+    ["resize", "half.safetensors", "--rank", "1"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
+def test_what_a_verb_leaves_out_is_told_by_name(half: str, verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb, "-o", "C.safetensors"])
+    assert "--partial" in capsys.readouterr().err and not Path("C.safetensors").exists()
+    main([*verb, "-o", "C.safetensors", "--partial"])
+    told = capsys.readouterr().err
+    assert f"NOT applied: 1 modules not whole: {kohya([MIDDLE])[MIDDLE]} lacks up" in told
+    assert "in part as asked: 2 of" in told
+    assert {KEY, TEXT} <= read(Path("C.safetensors"))[0].deltas.keys()
+
+
+def test_a_whole_file_goes_without_a_note(pair: tuple[dict[str, Tensor], dict[str, Tensor]], capsys) -> None:
+    main(["resize", "A.safetensors", "--rank", "1", "-o", "C.safetensors"])
+    assert "note" not in capsys.readouterr().err

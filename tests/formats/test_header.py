@@ -152,7 +152,7 @@ def test_headers_that_lie_get_one_clear_line(tmp_path, lie, read):
 )
 def test_headers_that_only_cost_time_are_refused_before_they_are_parsed(tmp_path, head, monkeypatch):
     monkeypatch.delattr(header, "safe_open")
-    with pytest.raises(SdloraError, match="more names than any LoRA has"):
+    with pytest.raises(SdloraError, match="more names than any model has"):
         read_header(written(tmp_path / "a.safetensors", head))
 
 

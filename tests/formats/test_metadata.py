@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from sdlora.formats.metadata import TrainingFacts, base_model, tags, to_metadata, trigger_words
+from sdlora.formats.metadata import TrainingFacts, base_keys, base_model, tags, to_metadata, trigger_words
+from sdlora.formats.write import write
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import LowRank
 
 FACTS = TrainingFacts(
     title="zib",
@@ -87,3 +92,12 @@ def test_what_is_shown_fits_a_line_and_cannot_steer_a_terminal():
     (tag,) = tags({"ss_tag_frequency": json.dumps({"a": {hostile: 2}})})
     words = trigger_words({"modelspec.trigger_phrase": ",".join([hostile] * 1000)})
     assert set(words) == {tag} and len(words) == 50 and tag.isprintable() and len(tag) == 200
+
+
+def test_a_lora_of_one_of_two_text_encoders_is_named_by_what_its_metadata_says(tmp_path):
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    delta = LowRank(torch.ones(2, 768), torch.ones(768, 2), 1.0)
+    for architecture, prefix in (("sd1", "lora_te_"), ("sdxl", "lora_te1_")):
+        write(Adapter({path: delta}, base_keys(architecture)), tmp_path / "a.safetensors")
+        assert all(key.startswith(prefix) for key in load_file(tmp_path / "a.safetensors"))
+    assert base_keys("custom") == {}

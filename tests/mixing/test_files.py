@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdlora.errors import SdloraError
 from sdlora.mixing.mixer import Mixer
@@ -109,3 +109,18 @@ def test_holding_what_cannot_be_had_changes_nothing(tmp_path: Path):
             mixer.hold(wanted)
         assert same_state(pipeline, before) and mixer.weights == {"one": {"unet": 0.5, "text_encoder": 0.5}}
         assert mixer.names == ("one",) and mixer.load(one) is receipt
+
+
+def test_a_part_is_taken_when_it_is_asked_for_and_not_remembered_otherwise(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    mixer, path = Mixer(pipeline), written(tmp_path / "a.safetensors", pipeline)
+    tensors = load_file(path)
+    gone = [key for key in tensors if "up_blocks" in key and "lora_up" in key]
+    save_file({key: value for key, value in tensors.items() if key not in gone}, path)
+    with pytest.raises(SdloraError, match="in part.*--partial"):
+        mixer.load(path, "a")
+    receipt = mixer.load(path, "a", partial=True)
+    assert len(receipt.incomplete) == len(gone) and "in part as asked" in receipt.summary()
+    with pytest.raises(SdloraError, match="--partial"):
+        mixer.hold({"a": (path, 1.0)})
+    assert mixer.hold({"a": (path, 1.0)}, partial=True) == {"a": receipt}

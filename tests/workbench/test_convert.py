@@ -12,6 +12,7 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Full, Kronecker, LowRank
 from sdlora.lowrank.truncation import Keep
 from sdlora.workbench.convert import SOURCE, SOURCE_HASH, convert
+from sdlora.workbench.output import Written
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 KEY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -26,6 +27,16 @@ LORA = LowRank(draw(4, 768), draw(320, 4), 1.5)
 LOKR = Kronecker(1.0, w1=draw(2, 2), w2=draw(160, 160))
 
 
+def converted(*args, **settings) -> Written:
+    """What a conversion comes to."""
+    work = convert(*args, **settings)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
 def source(tmp_path, deltas, **metadata: str):
     path = tmp_path / "old.safetensors"
     write(Adapter(deltas, metadata), path)
@@ -36,24 +47,24 @@ def source(tmp_path, deltas, **metadata: str):
 def test_a_lora_goes_there_and_back_unchanged(tmp_path, naming):
     old = source(tmp_path, {KEY: LORA}, **{"modelspec.title": "zib", "sshs_legacy_hash": "of the old file"})
     there, back = tmp_path / ("there" if naming == "peft" else "there.safetensors"), tmp_path / "back.safetensors"
-    convert(old, there, naming)
-    conversion = convert(there, back, "kohya")
+    converted(old, there, naming)
+    conversion = converted(there, back, "kohya")
     adapter, receipt = read(back)
     again = adapter.deltas[KEY]
     assert isinstance(again, LowRank) and again.alpha == 1.5
     assert torch.equal(again.down, LORA.down) and torch.equal(again.up, LORA.up)
     assert adapter.metadata["modelspec.title"] == "zib" and "sshs_legacy_hash" not in adapter.metadata
     assert "lora_adapter_metadata" not in adapter.metadata
-    assert (adapter.metadata[SOURCE], adapter.metadata[SOURCE_HASH]) == (there.name, conversion.receipt.sha256)
-    assert conversion.kept == {} and conversion.output == back
+    assert (adapter.metadata[SOURCE], adapter.metadata[SOURCE_HASH]) == (there.name, conversion.receipts[0].sha256)
+    assert conversion.kept == {}
 
 
 def test_a_law_becomes_plain_lora_on_request_with_its_error(tmp_path):
     old, new = source(tmp_path, {KEY: LORA, QUERY: LOKR}), tmp_path / "new.safetensors"
     with pytest.raises(SdloraError, match=r"diffusers cannot hold 1 changes \(lokr\).*to_q; convert with --to-lora"):
-        convert(old, new, "diffusers")
+        converted(old, new, "diffusers")
     assert not new.exists()
-    kept = convert(old, new, "diffusers", to_lora=Keep(rank=16)).kept
+    kept = converted(old, new, "diffusers", to_lora=Keep(rank=16)).kept
     assert list(kept) == [QUERY] and kept[QUERY].rank == 16
     small, _ = read(new)
     wanted = LOKR.weight(torch.zeros(320, 320)).double()
@@ -68,11 +79,11 @@ def test_a_law_becomes_plain_lora_on_request_with_its_error(tmp_path):
 def test_a_law_that_depends_on_the_base_asks_for_it(tmp_path):
     old, new = source(tmp_path, {QUERY: IA3(draw(320), on_input=False)}), tmp_path / "new.safetensors"
     with pytest.raises(SdloraError, match=r"to_q: ia3 depends on the weights of the base"):
-        convert(old, new, "peft", to_lora=Keep())
+        converted(old, new, "peft", to_lora=Keep())
     with pytest.raises(SdloraError, match="the base model has no such weight"):
-        convert(old, tmp_path / "new", "peft", to_lora=Keep(), base={}.__getitem__)
+        converted(old, tmp_path / "new", "peft", to_lora=Keep(), base={}.__getitem__)
     base = draw(320, 320)
-    convert(old, tmp_path / "new", "peft", to_lora=Keep(), base={QUERY: base}.__getitem__)
+    converted(old, tmp_path / "new", "peft", to_lora=Keep(), base={QUERY: base}.__getitem__)
     plain, _ = read(tmp_path / "new", sd1())
     wanted = base * draw(320)[:, None]
     assert (plain.deltas[QUERY].weight(base) - wanted).abs().max() <= 1e-6
@@ -81,14 +92,14 @@ def test_a_law_that_depends_on_the_base_asks_for_it(tmp_path):
 def test_norms_are_refused_where_they_have_no_name(tmp_path):
     old = source(tmp_path, {KEY: LORA, NORM: Full(draw(320))})
     with pytest.raises(SdloraError, match=r"peft cannot hold 1 changes \(full\).*norm1; choose kohya or comfyui"):
-        convert(old, tmp_path / "new", "peft", to_lora=Keep(rank=4))
+        converted(old, tmp_path / "new", "peft", to_lora=Keep(rank=4))
 
 
 def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
     old = tmp_path / "old.safetensors"
     write(Adapter({KEY: LORA}), old, dtype=torch.bfloat16)
     for dtype, wanted in ((None, torch.bfloat16), (torch.float16, torch.float16)):
-        convert(old, tmp_path / "new.safetensors", "comfyui", dtype)
+        converted(old, tmp_path / "new.safetensors", "comfyui", dtype)
         with safe_open(tmp_path / "new.safetensors", "pt") as file:
             held = {key: file.get_tensor(key).dtype for key in file.keys()}
         assert {key.endswith(".alpha"): dtype for key, dtype in held.items()} == {True: torch.float32, False: wanted}
@@ -96,7 +107,7 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
 
 def test_a_file_can_be_converted_in_its_place(tmp_path):
     old = source(tmp_path, {KEY: LORA})
-    convert(old, old, "diffusers")
+    converted(old, old, "diffusers")
     again = read(old)[0].deltas[KEY]
     assert torch.equal(again.weight(torch.zeros(320, 768)), LORA.weight(torch.zeros(320, 768)))
     assert [file.name for file in tmp_path.iterdir()] == ["old.safetensors"]
