@@ -181,7 +181,7 @@ _CONTAINER = re.compile(
 )
 _CHANGE = re.compile(
     "lora|lycoris|lokr_|hada_|oft_|_alpha$|_diff(?:_b)?$|scale$|magnitude|[wb]_norm$|_ia_l|on_input|_W_|_[ab]_weight$"
-    "|set_weight|__up$|__down$|bundle_emb|bias_(?:indices|values|size)$"
+    "|set_weight|set_bias|scalar$|__up$|__down$|bundle_emb|bias_(?:indices|values|size)$"
 )
 _SEPARATORS = bytes.maketrans(b".:", b"__")
 _DIGITS = b"0123456789"

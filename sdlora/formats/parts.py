@@ -23,8 +23,9 @@ from sdlora.lowrank.laws import (
     LowRank,
     OFTv2,
     Replacement,
-    Residual,
     Rotation,
+    Sparse,
+    Sum,
 )
 
 # What keys end in, up to three names, and the part of a delta that they hold then.
@@ -47,6 +48,9 @@ SUFFIXES = {
     "magnitude": "magnitude_out",
     "diff": "diff",
     "set_weight": "value",
+    "set_bias": "bias_value",
+    "bias": "bias",
+    "scalar": "scalar",
     "weight": "weight",
     "on_input": "on_input",
     "ia3_l": "ia3_l",
@@ -70,28 +74,36 @@ SUFFIXES = {
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
+NAMED = {"lora_A", "lora_B", "lora_magnitude_vector"}  # behind these the adapter's name may stand
 WHOLE = {"sparse_indices", "sparse_size"}  # parts that hold whole numbers
-NUMBERS = {"alpha", "scale", "on_input", "scaled_oft"}  # parts that are one number, not a factor
+NUMBERS = {"alpha", "scale", "scalar", "on_input", "scaled_oft"}  # parts that are one number, not a factor
 
 Parts = Mapping[str, Any]  # part -> factor: a tensor, or what the header says of one
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a law is written down. marks: any of these parts tells it; needs: all of these; may: what else it has."""
+    """How a law is written down.
+
+    marks: any of these parts tells it; needs: all of these; may: what else it has; scalable: alpha / rank, or a number
+    that stands for it, multiplies the whole change.
+    """
 
     marks: frozenset[str]
     needs: frozenset[str]
     may: frozenset[str]
     build: Callable[[Parts, float | None], Delta]
+    scalable: bool = False
 
     @property
     def parts(self) -> frozenset[str]:
         return self.marks | self.needs | self.may
 
 
-def _form(build: Callable[[Parts, float | None], Delta], marks: str, needs: str = "", may: str = "") -> Form:
-    return Form(frozenset(marks.split()), frozenset(needs.split()), frozenset(may.split()), build)
+def _form(
+    build: Callable[[Parts, float | None], Delta], marks: str, needs: str = "", may: str = "", scalable: bool = False
+) -> Form:
+    return Form(frozenset(marks.split()), frozenset(needs.split()), frozenset(may.split()), build, scalable)
 
 
 def _renamed(parts: Parts, prefix: str) -> dict[str, Any]:
@@ -133,23 +145,25 @@ def _ia3_of_peft(parts: Parts, _: float | None) -> IA3:
 
 # The marks of different rows are disjoint, so a module's parts tell its law whatever else they are.
 FORMS = (
-    _form(_low_rank, "down up", "down up", "mid"),
-    _form(_loha, "hada_w1_a hada_w2_a", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2"),
-    _form(_lokr, "lokr_w1 lokr_w1_a lokr_w2 lokr_w2_a", "", "lokr_w1_b lokr_w2_b lokr_t2"),
-    _form(lambda parts, _: Full(parts["diff"]), "diff", "diff"),
+    _form(_low_rank, "down up", "down up", "mid", scalable=True),
+    _form(_loha, "hada_w1_a hada_w2_a", "hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2", scalable=True),
+    _form(_lokr, "lokr_w1 lokr_w1_a lokr_w2 lokr_w2_a", "", "lokr_w1_b lokr_w2_b lokr_t2", scalable=True),
+    _form(lambda parts, _: Full(parts["diff"]), "diff", "diff", scalable=True),
     _form(lambda parts, _: Full(parts["w_norm"]), "w_norm", "w_norm"),
     _form(lambda parts, _: Replacement(parts["value"]), "value", "value"),
     _form(lambda parts, _: IA3(parts["weight"], bool(parts["on_input"])), "on_input weight", "on_input weight"),
     _form(_ia3_of_peft, "ia3_l", "ia3_l", "by_input"),
-    _form(_glora, "a1 a2 b1 b2", "a1 a2 b1 b2", "bm"),
+    _form(_glora, "a1 a2 b1 b2", "a1 a2 b1 b2", "bm", scalable=True),
     _form(_oft, "oft_blocks", "oft_blocks", "rescale"),
     _form(lambda parts, _: Rotation(parts["oft_diag"], parts.get("rescale")), "oft_diag", "oft_diag", "rescale"),
     _form(lambda parts, _: InputBOFT(parts["boft_r"], parts["boft_s"]), "boft_r boft_s", "boft_r boft_s"),
     _form(lambda parts, _: OFTv2(parts["oft_r"], "scaled_oft" in parts), "oft_r", "oft_r", "scaled_oft"),
 )
 # Parts that stand beside any law.
-BESIDE = frozenset({"alpha", "scale", "magnitude", "magnitude_out", "diff_b", "up_bias"})
-SPARSE = frozenset({"sparse_indices", "sparse_values", "sparse_size"})  # beside a linear law, all three
+BESIDE = frozenset({"alpha", "magnitude", "magnitude_out", "diff_b", "up_bias", "bias_value", "bias"})
+SCALES = frozenset({"scale", "scalar"})  # beside a scalable law
+SPARSE = frozenset({"sparse_indices", "sparse_values", "sparse_size"})  # all three
+ONLY_BIAS = frozenset({"diff_b", "bias_value"})  # parts that need no law beside
 
 
 @lru_cache(maxsize=2**17)
@@ -158,7 +172,7 @@ def split(key: str) -> tuple[str, str] | None:
     names = translated(key).rsplit(".", 3)
     if len(names) == 4:
         stem, first, second, last = names
-        if first in ("lora_A", "lora_B") and f"{first}.{last}" in SUFFIXES:  # the adapter's name in between
+        if first in NAMED and f"{first}.{last}" in SUFFIXES:
             return stem, SUFFIXES[f"{first}.{last}"]
         if first.endswith("_lora") and last == "weight" and second in ("down", "up"):  # diffusers before 0.21
             return f"{stem}.{first.removesuffix('_lora')}", second
@@ -175,8 +189,9 @@ def lacking(parts: Parts) -> str | None:
     if len(found) > 1:
         return f"has parts of {len(found)} laws: {', '.join(sorted(parts))}"
     if not found:
-        return None if parts.keys() == {"diff_b"} else f"has only {', '.join(sorted(parts))}"
-    odd = sorted(parts.keys() - found[0].parts - BESIDE - SPARSE)
+        return None if len(parts) == 1 and parts.keys() <= ONLY_BIAS else f"has only {', '.join(sorted(parts))}"
+    beside = BESIDE | SPARSE | (SCALES if found[0].scalable else frozenset())
+    odd = sorted(parts.keys() - found[0].parts - beside)
     missing = sorted((found[0].needs | (SPARSE if SPARSE & parts.keys() else set())) - parts.keys())
     if missing:
         return f"lacks {', '.join(missing)}"
@@ -193,25 +208,39 @@ def build(parts: Parts, alpha: float | None) -> dict[str, Delta]:
     if wrong:
         raise SdloraError(wrong)
     deltas: dict[str, Delta] = {}
-    form = next((form for form in FORMS if form.marks & parts.keys()), None)
+    form = form_of(parts)
     if form:
         delta = form.build(parts, alpha)
+        scale = float(getattr(delta, "scale", 1.0)) if form.scalable else 1.0
         if "sparse_values" in parts:
-            delta = Residual(delta, parts["sparse_indices"], parts["sparse_values"], parts["sparse_size"])
+            delta = Sum(delta, Sparse(parts["sparse_indices"], parts["sparse_values"], parts["sparse_size"]))
+        if "bias" in parts:  # A1111's: of the weight, or of the outputs, by its shape; scaled like the change
+            bias = Full(_times(parts["bias"], scale))
+            if len(bias.shape) > 1:
+                delta = Sum(delta, bias)
+            else:
+                deltas[".bias"] = bias
         for name in ("magnitude", "magnitude_out"):
             if name in parts:
                 delta = DoRA(delta, parts[name], by_output=name == "magnitude_out")
         deltas[""] = delta
         if "up_bias" in parts:
-            bias = parts["up_bias"]
-            deltas[".bias"] = Full(bias.float() * _scale(delta) if hasattr(bias, "float") else bias)
+            deltas[".bias"] = Full(_times(parts["up_bias"], scale))
     if "diff_b" in parts:
         deltas[".bias"] = Full(parts["diff_b"])
+    if "bias_value" in parts:
+        deltas[".bias"] = Replacement(parts["bias_value"])
     return deltas
 
 
-def _scale(delta: Delta) -> float:
-    return float(getattr(getattr(delta, "inner", delta), "scale", 1.0))
+def form_of(parts: Parts) -> Form | None:
+    """The row of the law that the parts of one module tell; None where they only change a bias."""
+    return next((form for form in FORMS if form.marks & parts.keys()), None)
+
+
+def _times(factor: Any, scale: float) -> Any:
+    """The factor scaled; what the header says of it as it is."""
+    return factor.float() * scale if hasattr(factor, "float") else factor
 
 
 def _or_rank(alpha: float | None, narrow: tuple[int, ...]) -> float:

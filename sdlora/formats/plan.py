@@ -121,7 +121,7 @@ def contents(tensors: Mapping[str, Spec]) -> Contents:
             twice.append(f"{modules[found[0]][found[1]]} and {key}")
         else:
             modules[found[0]][found[1]] = key
-    for stem in [stem for stem, keys in modules.items() if keys.keys() == {"weight"}]:
+    for stem in [stem for stem, keys in modules.items() if keys.keys() <= {"weight", "bias"}]:
         other += modules.pop(stem).values()  # a weight of something that is no LoRA
     _claim(other, modules)
     layouts = {
@@ -211,7 +211,7 @@ def fit(found: Contents, architecture: Architecture) -> Fit:
         path = _path(places, stem, layout)
         if path is None and stem in places:
             path, weight = places[stem][0]
-            misfit[path] = f"{stem} ({_shape(layout)}, the model's is {times(weight)})"
+            misfit[path] = f"{stem} ({_shape(layout, weight)}, the model's is {times(weight)})"
         elif path is None:
             unknown.append(stem)
         elif path in applied:
@@ -227,9 +227,11 @@ def _weight(architecture: Architecture, path: str) -> Shape:
     return shape
 
 
-def _shape(layout: Layout) -> str:
+def _shape(layout: Layout, weight: Shape) -> str:
+    """The shape of the change; where that is not what is wrong, those of its parts."""
     readings = deltas_of(layout)
-    return times(next(iter(readings[0].values())).shape) if not isinstance(readings, str) else "no delta"
+    shown = times(next(iter(readings[0].values())).shape) if not isinstance(readings, str) else ""
+    return ", ".join(f"{part} {times(shape)}" for part, shape in layout) if shown in ("", times(weight)) else shown
 
 
 def fits(found: Contents) -> list[Fit]:

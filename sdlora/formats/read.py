@@ -8,23 +8,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdlora.errors import SdloraError
-from sdlora.formats.architectures import ENDS, Architecture, has_bias, known, sd1, sd2
+from sdlora.formats.architectures import ENDS, Architecture, known, sd1, sd2
 from sdlora.formats.foreign import foreign_kind
 from sdlora.formats.hcp import MARK
 from sdlora.formats.header import Header, Spec, read_header, read_tensors
 from sdlora.formats.metadata import base_model, trigger_words
+from sdlora.formats.numbers import checked, deltas_of_module
 from sdlora.formats.ordered import is_ordered, ordered_names
-from sdlora.formats.parts import NUMBERS, WHOLE, build
+from sdlora.formats.parts import split
 from sdlora.formats.peft_config import PeftConfig, by_component
 from sdlora.formats.plan import (
+    TOKENS,
     Contents,
     Fit,
-    Keys,
     Plan,
     Verdict,
     deltas_of,
@@ -36,22 +37,13 @@ from sdlora.formats.plan import (
 from sdlora.formats.receipt import Applied, Receipt
 from sdlora.formats.sources import Source, sources_of
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.laws import IA3, Delta, OFTv2
+from sdlora.lowrank.laws import Delta, LowRank
 from sdlora.lowrank.laws.delta import times
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ENOUGH = 0.95  # share of a file's modules that must fit a model
-LARGEST_ALPHA = 1e6
-# By dtype: integers of its width, what leaves out the sign, and the least that is infinite or nan (IEEE 754, OCP FP8).
-BITS = {
-    "float32": ("int32", 0x7FFFFFFF, 0x7F800000),
-    "bfloat16": ("int16", 0x7FFF, 0x7F80),
-    "float16": ("int16", 0x7FFF, 0x7C00),
-    "float8_e5m2": ("int8", 0x7F, 0x7C),
-    "float8_e4m3fn": ("int8", 0x7F, 0x7F),
-}
 TEXT_ENCODER_WIDTH = "{}.text_model.final_layer_norm"
 
 
@@ -112,7 +104,7 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
     deltas = _deltas(opened, chosen, tensors)
     embeddings, odd = _embeddings(opened, architecture, tensors)
     receipt = _receipt(opened, chosen, {}, judged)
-    alphas = {parameter: getattr(getattr(delta, "inner", delta), "alpha", None) for parameter, delta in deltas.items()}
+    alphas = {parameter: _alpha(delta) for parameter, delta in deltas.items()}
     receipt = replace(
         receipt,
         sha256=sha256,
@@ -120,7 +112,7 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
         finite=True,
         applied={name: Applied(delta.name, delta.rank, alphas[name]) for name, delta in deltas.items()},
         misfit=(*receipt.misfit, *odd),
-        notes=(*receipt.notes, *_notes(alphas, why, chosen, opened)),
+        notes=(*receipt.notes, *_notes(opened, chosen, deltas, why)),
     )
     return Adapter(deltas, opened.metadata, embeddings), receipt
 
@@ -143,27 +135,40 @@ def _open(
     for source, header in zip(sources, headers, strict=True):
         if not header.tensors:
             raise SdloraError(f"{source.path} is empty: it holds no tensors; fetch or train it again")
-        foreign = foreign_kind(header.tensors, header.metadata)
+        own = {_told(key): spec for key, spec in header.tensors.items()} if source.config else header.tensors
+        foreign = foreign_kind(own, header.metadata)
         if foreign:
             raise SdloraError(f"{source.path} is {foreign.what}; {foreign.advice}")
-        led = {_led(source, key): spec for key, spec in header.tensors.items()} if source.component else header.tensors
-        tensors = {**tensors, **led} if tensors else led  # of one file itself: `layouts` knows it again by that
+        # Where nothing is renamed, the very tensors of the header: `layouts` knows them again by that.
+        alone = not (source.component or source.config)
+        led = header.tensors if alone else {_led(source, key): spec for key, spec in header.tensors.items()}
+        tensors = {**tensors, **led} if tensors else led
     metadata = headers[0].metadata
     configs = {source.component or "": source.config for source in sources if source.config}
     planned = plan_of(_ordered(path, tensors, metadata)) if is_ordered(tensors) else plan(tensors)
     found = planned.found
     if not (found.modules or found.tokens):
-        keys = sorted([*found.other, *(key for line in found.broken for key in [line])])
+        reasons = [*(f"{stem} {why}" for stem, why in sorted(found.broken.items())), *found.other]
+        what = f"{len(tensors)} keys such as {', '.join(reasons[:2])}"
         raise SdloraError(
-            f"{path} holds nothing that can be applied as a LoRA: {len(tensors)} keys such as {', '.join(keys[:2])}; "
+            f"{path} holds nothing that can be applied as a LoRA: {what}; "
             "check that it is a LoRA for Stable Diffusion, and whole"
         )
     return _Opened(path, sources, headers, planned, metadata, configs or by_component(metadata, str(path)))
 
 
 def _led(source: Source, key: str) -> str:
-    """Where files are about one component each, a key is led by it; HCP-Diffusion's keys say it themselves."""
+    """The key as we know it. Where files are about one component each, it is led by that; HCP-Diffusion's say it."""
+    key = _told(key) if source.config else key
     return f"{source.component}/{key}" if source.component and MARK not in key else key
+
+
+def _told(key: str) -> str:
+    """A key of PEFT's; a plain name there is that of a parameter whole: of modules_to_save, or a trained bias."""
+    plain = split(key)
+    if plain and plain[1] in ("weight", "bias"):
+        return f"{plain[0].removesuffix('.base_layer')}.set_{plain[1]}"
+    return key
 
 
 def _ordered(path: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> Contents:
@@ -261,69 +266,14 @@ def _deltas(opened: _Opened, chosen: Fit, tensors: Mapping[str, Tensor]) -> dict
     deltas = {}
     for path, stem in chosen.applied.items():
         try:
-            for which, delta in _module(opened, path, opened.found.modules[stem], tensors).items():
+            for which, delta in deltas_of_module(
+                path, opened.found.modules[stem], tensors, opened.config(path)
+            ).items():
                 deltas[path + which] = delta
         except SdloraError as error:
-            raise SdloraError(f"{opened.path}: {stem}: {error}") from error
+            where = "" if str(error).startswith(stem) else f"{stem}: "
+            raise SdloraError(f"{opened.path}: {where}{error}") from error
     return deltas
-
-
-def _module(opened: _Opened, path: str, keys: Keys, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    config = opened.config(path)
-    parts: dict[str, Any] = {}
-    for part, key in keys.items():
-        value = tensors[key]
-        parts[part] = _number(key, value) if part in NUMBERS else _checked(key, value, part in WHOLE)
-    alpha, scale = parts.pop("alpha", None), parts.pop("scale", None)
-    unscaled = build(parts, None).get("")
-    rank = unscaled.rank if unscaled else None
-    if rank is not None and scale is not None:
-        alpha = scale * rank  # "scale" overrides alpha / rank, as in A1111
-    elif rank is not None and alpha is None and config:
-        alpha = config.alpha_of(path.partition(".")[2], rank)
-    if alpha is not None and abs(alpha) > LARGEST_ALPHA:
-        raise SdloraError(f"alpha is {alpha:g}, which no training gives; the file is damaged")
-    inner = path.partition(".")[2]
-    if config and config.kind == "LOKR" and rank is None and "lokr_w1" in parts:
-        parts["lokr_w1"] = parts["lokr_w1"].float() * config.scale_of(inner)  # PEFT scales whole factors too
-    if config and config.kind == "IA3":
-        parts["by_input"] = config.is_feedforward(inner)
-    deltas = build(parts, alpha)
-    law = deltas.get("")
-    if config and isinstance(law, OFTv2):
-        deltas[""] = replace(law, peft=True, series=config.series)
-    if "ia3_l" in parts and isinstance(law, IA3) and not law.on_input and has_bias(path):
-        deltas[".bias"] = law  # PEFT scales what the layer gives, bias and all
-    return deltas
-
-
-def _number(key: str, value: Tensor) -> float:
-    if value.numel() != 1 or value.is_complex():
-        raise SdloraError(f"{key} is no single number; the file is damaged")
-    number = float(value.item())
-    if not isfinite(number):
-        raise SdloraError(f"{key} is {number}, nan or infinite; use an earlier checkpoint")
-    return number
-
-
-def _checked(key: str, value: Tensor, whole: bool = False) -> Tensor:
-    if value.is_floating_point() == whole or value.is_complex():
-        wanted = "whole numbers" if whole else "numbers with a fraction"
-        raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where {wanted} belong; save it again")
-    if value.numel() and not whole and not _finite(value):
-        raise SdloraError(f"{key} holds numbers that are nan or infinite; use an earlier checkpoint")
-    return value
-
-
-def _finite(value: Tensor) -> bool:
-    """By the bits, in numpy: torch's threads would meet for each tensor, and wait long where a core is busy."""
-    import torch
-
-    name = str(value.dtype)[6:]
-    if name not in BITS:
-        return bool(torch.isfinite(value.double()).all())
-    integers, signless, limit = BITS[name]
-    return int((value.reshape(-1).view(getattr(torch, integers)).numpy() & signless).max()) < limit
 
 
 def _embeddings(
@@ -335,7 +285,7 @@ def _embeddings(
     for token, keys in opened.found.tokens.items():
         for component, key in keys.items():
             width = architecture.norms.get(TEXT_ENCODER_WIDTH.format(component), (0,))[0]
-            vectors = _checked(key, tensors[key])
+            vectors = checked(key, tensors[key])
             if vectors.dim() in (1, 2) and vectors.numel() and vectors.shape[-1] == width:
                 found.setdefault(token, {})[component] = vectors.reshape(-1, width)
             else:
@@ -363,20 +313,46 @@ def _receipt(opened: _Opened, chosen: Fit | None, applied: Mapping[str, Applied]
         dtypes=tuple(sorted({spec.dtype for header in opened.headers for spec in header.tensors.values()})),
         trigger_words=trigger_words(opened.metadata),
         base_model=base_model(opened.metadata),
-        notes=tuple(
-            f"{name} in the metadata is cut, it is too long" for header in opened.headers for name in header.cut
+        notes=(
+            *(f"{name} in the metadata is cut, it is too long" for header in opened.headers for name in header.cut),
+            *(f"{key} replaces what the text encoder gives, which is not done here" for key in _outputs(found)),
         ),
         metadata=opened.metadata,
     )
 
 
-def _notes(alphas: Mapping[str, float | None], why: str | None, chosen: Fit, opened: _Opened) -> list[str]:
+def _outputs(found: Contents) -> list[str]:
+    """OneTrainer's learned outputs of text encoders."""
+    return [key for key in found.other if key.startswith(TOKENS) and key.endswith("_out")]
+
+
+def _alpha(delta: Delta) -> float | None:
+    """The alpha of the law at the heart of a change; of OFT the limit that files call so, if it has one."""
+    for name in ("inner", "first"):
+        if hasattr(delta, name):
+            return _alpha(getattr(delta, name))
+    return getattr(delta, "alpha", getattr(delta, "constraint", None) or None)
+
+
+def _notes(opened: _Opened, chosen: Fit, deltas: Mapping[str, Delta], why: str | None) -> list[str]:
+    """What is worth knowing of what applies."""
     lines = []
     if why:
         lines.append(f"in part as asked: {len(chosen.applied)} of {len(opened.found.modules)} modules, though it {why}")
-    zero = [path for path, alpha in alphas.items() if alpha == 0]
+    zero = [path for path, delta in deltas.items() if _alpha(delta) == 0]
     if zero:
         lines.append(
             f"alpha is 0 in {len(zero)} modules such as {zero[0]}: they have no effect; train or save it again"
         )
+    unlimited = [path for path, delta in deltas.items() if getattr(delta, "constraint", 0) < 0]
+    if unlimited:
+        lines.append(f"the limit (alpha) of {len(unlimited)} rotations such as {unlimited[0]} is below 0 and not used")
+    wide = [path for path, delta in deltas.items() if isinstance(delta, LowRank) and delta.rank > _most(delta.shape)]
+    if len(wide) > len(deltas) / 2:
+        lines.append(f"ranks are larger than {len(wide)} modules can use, such as {wide[0]}; resize it to save memory")
     return lines
+
+
+def _most(shape: tuple[int, ...]) -> int:
+    """The largest rank that a matrix of this shape, flattened behind out, can have."""
+    return min(shape[0], prod(shape[1:]))

@@ -119,7 +119,9 @@ def refuse(adapter: Adapter, naming: str) -> None:
         path = next(iter(told))
         laws = ", ".join(dict.fromkeys(delta.name for delta in told.values()))
         why = "" if odd else " beside others without a magnitude in the same component"
-        advice = ["convert with --to-lora RANK"] if any(len(delta.shape) > 1 for delta in told.values()) else []
+        weights = [delta for delta in told.values() if len(delta.shape) > 1]
+        with_base = "" if all(delta.linear for delta in weights) else " --base MODEL"
+        advice = [f"convert it with --to-lora --rank 16{with_base}"] if weights else []
         advice += ["choose kohya or comfyui"] if naming in PLAIN else []
         what = f"{len(told)} changes ({laws}){why}, such as {path}"
         raise SdloraError(f"names of {naming} cannot hold {what}; {' or '.join(advice) or 'leave them out'}")

@@ -337,8 +337,8 @@ def _refuse_what_needs_a_base(terms: Mapping[str, tuple[_Term, ...]]) -> None:
         for term in there:
             if not term.delta.linear:
                 raise SdloraError(
-                    f"{path}: {term.delta.name} in adapter {term.index} depends on the weights of the base model;"
-                    " give the base model to blend it"
+                    f"{path}: {term.delta.name} in adapter {term.index} depends on the base model's weights;"
+                    " give that model (--base) to blend it"
                 )
 
 

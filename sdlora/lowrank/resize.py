@@ -54,5 +54,5 @@ def _refuse_what_needs_a_base(adapter: Adapter) -> None:
     for path, delta in adapter.deltas.items():
         if not delta.linear and not _stays(delta):
             raise SdloraError(
-                f"{path}: {delta.name} depends on the weights of the base model; give the base model to resize it"
+                f"{path}: {delta.name} depends on the base model's weights; give that model (--base) to resize it"
             )

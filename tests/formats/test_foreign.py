@@ -229,7 +229,8 @@ def test_no_law_of_a_lora_for_stable_diffusion_is_foreign(architecture, suffix):
     names = kohya(architecture.shapes).values()
     keys = [f"{name}.{suffix}" for name in names] + [f"{name}.alpha" for name in names]
     assert foreign_kind(specs(keys, (4, 320)), {}) is None
-    if not suffix.endswith("weight") or suffix.startswith(("lora", "oft")):  # "weight" alone is that of a whole model
+    named = not suffix.endswith(("weight", "bias")) or suffix.startswith(("lora", "oft", "set"))
+    if named:  # a weight or bias alone is that of a whole model
         keys = [f"{path.removeprefix('unet.')}.{suffix}" for path in architecture.shapes if path.startswith("unet.")]
         assert foreign_kind(specs(keys, (4, 320)), {}) is None
 

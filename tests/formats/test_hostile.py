@@ -519,11 +519,19 @@ def test_a_base_model_that_is_named_is_never_followed(mixer, tmp_path, monkeypat
         assert mixer.load(tmp_path, "a").complete
 
 
-def test_whole_modules_beside_a_lora_are_told_and_left_out(mixer, tmp_path):
-    peft_folder(tmp_path, modules_to_save=["conv_in"])
+def test_whole_modules_beside_a_lora_are_put_in_place_and_looked_at(mixer, tmp_path):
+    """PEFT's modules_to_save, and trained biases under either of their names."""
+    peft_folder(tmp_path, modules_to_save=["conv_in"], bias="all")
+    whole = {"conv_in.weight": torch.randn(16, 4, 3, 3), "conv_in.bias": torch.randn(16)}
+    whole["mid_block.resnets.0.conv1.base_layer.bias"] = torch.randn(32)
+    changed(tmp_path / WEIGHTS, {f"base_model.model.{name}": value for name, value in whole.items()})
+    before = state_of(mixer.pipeline).weights
+    assert mixer.load(tmp_path, "a").complete
+    mixer.set({**mixer.weights, "a": 1.0})
+    after = state_of(mixer.pipeline).weights
+    for name, value in whole.items():
+        torch.testing.assert_close(after[f"unet.{name.replace('.base_layer', '')}"], value)
+    mixer.unload("a")
+    assert all(torch.equal(state_of(mixer.pipeline).weights[name], value) for name, value in before.items())
     changed(tmp_path / WEIGHTS, {"base_model.model.conv_in.weight": torch.full((16, 4, 3, 3), float("nan"))})
-    before = state_of(mixer.pipeline).weights["unet.conv_in.weight"]
-    receipt = mixer.load(tmp_path, "a")
-    assert receipt.unknown == ("base_model.model.conv_in.weight",) and not receipt.complete
-    mixer.set({"a": 1.0})
-    assert torch.equal(state_of(mixer.pipeline).weights["unet.conv_in.weight"], before)
+    refused(mixer, tmp_path, "conv_in.set_weight holds numbers that are nan")

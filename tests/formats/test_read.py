@@ -99,7 +99,6 @@ def test_unknown_keys_are_named_and_the_rest_is_applied(tmp_path):
     ("part", "why"),
     [
         ("rescale", "has rescale, which do not belong to its law"),
-        ("scalar", "has scalar, which do not belong to its law"),
         ("lora_up.weight", r"down \(2, 320\) and up \(3, 4\) are no low-rank pair"),
         ("lora_mid.weight", r"mid \(320,\) is no core"),
         ("dora_scale", r"\(3, 4\) is no DoRA magnitude"),
@@ -374,3 +373,54 @@ def test_numbers_that_are_not_finite_are_found_in_every_dtype(tmp_path, dtype, v
     else:
         with pytest.raises(SdloraError, match=f"{stem}.lora_up.weight holds numbers that are nan or infinite"):
             read(tmp_path / "a.safetensors", sd1())
+
+
+ONES = torch.ones
+STEM = kohya([QUERY])[QUERY]
+SCALED = {
+    "lora": ({"lora_down.weight": ONES(4, 320), "lora_up.weight": ONES(320, 4)}, 4.0),
+    "loha": ({f"hada_w{i}_{ab}": ONES((320, 2) if ab == "a" else (2, 320)) for i in (1, 2) for ab in "ab"}, 4.0),
+    "lokr, a pair": ({"lokr_w1": ONES(4, 4), "lokr_w2_a": ONES(80, 2), "lokr_w2_b": ONES(2, 80)}, 2.0),
+    "lokr, whole": ({"lokr_w1": ONES(4, 4), "lokr_w2": ONES(80, 80)}, 1.0),
+    "full": ({"diff": ONES(320, 320)}, 1.0),
+}
+
+
+@pytest.mark.parametrize("law", SCALED)
+@pytest.mark.parametrize(
+    ("numbers", "scale"),
+    [({}, 1.0), ({"scale": 0.5}, 0.5), ({"scalar": 3.0}, 3.0), ({"scale": 0.5, "scalar": 3.0}, 1.5)],
+)
+def test_a_scale_stands_for_alpha_by_rank_and_a_scalar_multiplies_it(tmp_path, law, numbers, scale):
+    parts, product = SCALED[law]
+    tensors = {f"{STEM}.{name}": value for name, value in parts.items()}
+    tensors |= {f"{STEM}.{name}": torch.tensor(value) for name, value in numbers.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter, receipt = read(tmp_path / "a.safetensors", sd1())
+    assert receipt.complete
+    assert torch.allclose(adapter.deltas[QUERY].weight(torch.zeros(320, 320)), torch.full((320, 320), product * scale))
+
+
+def test_a_scale_beside_a_law_that_none_scales_is_told(tmp_path):
+    tensors = {f"{STEM}.oft_blocks": torch.zeros(4, 80, 80), f"{STEM}.scale": torch.tensor(0.001)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(SdloraError, match=f"such as {STEM} has scale, which do not belong to its law; check"):
+        read(tmp_path / "a.safetensors", sd1())
+
+
+def test_a_limit_below_nothing_and_ranks_beyond_use_are_told(tmp_path):
+    tensors = {f"{STEM}.oft_blocks": torch.zeros(4, 80, 80), f"{STEM}.alpha": torch.tensor(-1.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert f"rotations such as {QUERY} is below 0 and not used" in read(tmp_path / "a.safetensors", sd1())[1].summary()
+    save_file(
+        {f"{STEM}.lora_down.weight": ONES(400, 320), f"{STEM}.lora_up.weight": ONES(320, 400)},
+        tmp_path / "a.safetensors",
+    )
+    assert "ranks are larger than 1 modules can use" in read(tmp_path / "a.safetensors", sd1())[1].summary()
+
+
+def test_a_magnitude_of_another_size_is_what_does_not_fit(tmp_path):
+    parts = SCALED["lora"][0] | {"dora_scale": ONES(1, 7)}
+    save_file({f"{STEM}.{name}": value for name, value in parts.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(SdloraError, match=r"down 4x320, magnitude 1x7, up 320x4, the model's is 320x320"):
+        read(tmp_path / "a.safetensors", sd1())

@@ -145,7 +145,7 @@ def test_laws_that_depend_on_the_base_are_refused_by_name_or_computed_from_it() 
     dora = DoRA(lora((24, 32), 2, 1), random(24, 1).abs())
     plain = lora((24, 32), 2, 2)
     parents = [(only(plain), Weights(0.5)), (only(dora), Weights(0.25))]
-    with pytest.raises(SdloraError, match=rf"^{A}: lora \+ dora in adapter 2 depends.*give the base model"):
+    with pytest.raises(SdloraError, match=rf"^{A}: lora \+ dora in adapter 2 depends.*give that model"):
         blend(parents)
     made = blend(parents, bases={A: base}.__getitem__)
     assert_near(made.adapter.deltas[A], 0.5 * plain.weight(base) + 0.25 * dora.weight(base))

@@ -90,7 +90,7 @@ def test_laws_that_depend_on_the_base_ask_for_it_before_any_work() -> None:
     base = random(24, 32, seed=4)
     dora = DoRA(LowRank(random(2, 32), random(24, 2), 2.0), random(24, 1).abs())
     adapter = Adapter({**DELTAS, "unet.dora": dora})
-    with pytest.raises(SdloraError, match=r"^unet.dora: lora \+ dora depends.*give the base model"):
+    with pytest.raises(SdloraError, match=r"^unet.dora: lora \+ dora depends.*give that model"):
         next(resize(adapter, Keep(rank=4)))
     _, resized = drive(resize(adapter, Keep(), {"unet.dora": base}.__getitem__))
     torch.testing.assert_close(resized.deltas["unet.dora"].weight(base), dora.weight(base), rtol=1e-5, atol=1e-5)

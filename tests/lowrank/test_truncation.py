@@ -330,7 +330,7 @@ def test_the_result_takes_the_shape_of_the_weight() -> None:
 def test_laws_that_depend_on_the_base_ask_for_it() -> None:
     base = random(20, 25, seed=5)
     for delta in (IA3(random(25), on_input=True), DoRA(lora(20, (25,), 4), random(20, 1).abs())):
-        with pytest.raises(SdloraError, match=r"^(ia3|lora \+ dora) depends.*give the base model"):
+        with pytest.raises(SdloraError, match=r"^(ia3|lora \+ dora) depends.*give that model"):
             as_low_rank(delta, (20, 25), Keep())
         small, _ = as_low_rank(delta, (20, 25), Keep(), base)
         assert distance(small, delta.weight(base)) < 1e-6

@@ -61,7 +61,7 @@ def test_a_lora_goes_there_and_back_unchanged(tmp_path, naming):
 
 def test_a_law_becomes_plain_lora_on_request_with_its_error(tmp_path):
     old, new = source(tmp_path, {KEY: LORA, QUERY: LOKR}), tmp_path / "new.safetensors"
-    with pytest.raises(SdloraError, match=r"diffusers cannot hold 1 changes \(lokr\).*to_q; convert with --to-lora"):
+    with pytest.raises(SdloraError, match=r"cannot hold 1 changes \(lokr\).*to_q; convert it with --to-lora --rank 16"):
         converted(old, new, "diffusers")
     assert not new.exists()
     kept = converted(old, new, "diffusers", to_lora=Keep(rank=16)).kept
@@ -78,7 +78,7 @@ def test_a_law_becomes_plain_lora_on_request_with_its_error(tmp_path):
 
 def test_a_law_that_depends_on_the_base_asks_for_it(tmp_path):
     old, new = source(tmp_path, {QUERY: IA3(draw(320), on_input=False)}), tmp_path / "new.safetensors"
-    with pytest.raises(SdloraError, match=r"to_q: ia3 depends on the weights of the base"):
+    with pytest.raises(SdloraError, match=r"to_q: ia3 depends on the base model's weights"):
         converted(old, new, "peft", to_lora=Keep())
     with pytest.raises(SdloraError, match="the base model has no such weight"):
         converted(old, tmp_path / "new", "peft", to_lora=Keep(), base={}.__getitem__)

@@ -13,5 +13,6 @@ from sdlora.lowrank.laws.low_rank import LowRank as LowRank
 from sdlora.lowrank.laws.orthogonal import BOFT as BOFT
 from sdlora.lowrank.laws.orthogonal import OFT as OFT
 from sdlora.lowrank.laws.orthogonal import Rotation as Rotation
-from sdlora.lowrank.laws.residual import Residual as Residual
 from sdlora.lowrank.laws.scaling import IA3 as IA3
+from sdlora.lowrank.laws.sums import Sparse as Sparse
+from sdlora.lowrank.laws.sums import Sum as Sum

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sdlora.errors import SdloraError
 
@@ -22,12 +22,11 @@ Shape = tuple[int, ...]
 
 
 class Delta(Protocol):
-    """A change to one parameter: a weight (out, in[, kh, kw]) or (width,) of a norm, or a bias (out,).
+    """A change to one parameter: a weight (out, in[, kh, kw]) or (width,) of a norm, or a bias (out,)."""
 
-    linear: whether the change is the same whatever the base weight is.
-    """
-
-    linear: ClassVar[bool]
+    @property
+    def linear(self) -> bool:
+        """Whether the change is the same whatever the base weight is."""
 
     @property
     def name(self) -> str:
