@@ -36,7 +36,7 @@ def receipt_lines(inspected: Inspected) -> Iterator[str]:
     yield from _listed("notes", receipt.notes)
     yield from _bars(by_block(inspected.norms))
     reasons = Counter(inspected.unmeasured.values()).most_common()
-    yield from _listed("not measured", [f"{count} changes: {why}; --base MODEL gives it" for why, count in reasons])
+    yield from _listed("not measured", [f"{count} changes: {why}" for why, count in reasons])
     counts = tags(receipt.metadata)
     yield from _listed(f"{len(counts)} tags", [f"{count:>6}  {tag}" for tag, count in counts.items()])
 
@@ -48,6 +48,10 @@ def _facts(inspected: Inspected) -> Iterator[tuple[str, str]]:
     yield "base model", receipt.base_model
     held = ", ".join(f"{name} {count}" for name, count in receipt.components.items())
     yield "applies", f"{len(receipt.applied)} changes ({held or 'none'}), {'all' if receipt.complete else 'NOT all'}"
+    yield "left out", "; ".join(
+        f"{name}: {', '.join(f'{count} {what}' for what, count in kinds.items())}"
+        for name, kinds in receipt.left_out.items()
+    )
     yield "laws", ", ".join(f"{name} {count}" for name, count in receipt.laws.items())
     yield "ranks", receipt.ranks()
     yield "alphas", receipt.alphas() if receipt.sha256 else ""

@@ -94,6 +94,14 @@ def readable(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(found) for name, found in names.items()}
 
 
+def component_in(name: str) -> str:
+    """The component that a file's name of a module speaks of, as far as its first words tell; mostly the UNet."""
+    for component in ("text_encoder_2", "text_encoder"):
+        if name.startswith((*_FLAT_PREFIXES[component], *_ENCODER_PREFIXES[component])):
+            return component
+    return "text_encoder" if "text_model" in name else "unet"
+
+
 def original_unet(paths: Iterable[str]) -> dict[str, str]:
     """The name that the original code (ldm, sgm) has for each module of the UNet; paths, of all of it, led by "unet.".
 

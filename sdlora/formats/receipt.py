@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdlora.formats.names import component_in
+
 SHOWN = 4
 
 
@@ -59,6 +61,15 @@ class Receipt:
         return Counter(path.partition(".")[0] for path in self.applied)
 
     @property
+    def left_out(self) -> Mapping[str, Mapping[str, int]]:
+        """By component, how many keys and modules do not apply, and why; as far as their names tell the component."""
+        counts: dict[str, dict[str, int]] = {}
+        for what, names in self._left_out():
+            for component, count in Counter(map(component_in, names)).items():
+                counts.setdefault(component, {})[what] = count
+        return counts
+
+    @property
     def laws(self) -> Mapping[str, int]:
         """How many parameters are changed by which law, the most frequent first."""
         return dict(Counter(one.law for one in self.applied.values()).most_common())
@@ -88,7 +99,8 @@ class Receipt:
         told = asdict(self)
         told["path"] = str(self.path)
         told["applied"] = {path: one._asdict() for path, one in self.applied.items()}
-        return told | {"complete": self.complete, "components": dict(self.components), "laws": dict(self.laws)}
+        told |= {"complete": self.complete, "components": dict(self.components), "laws": dict(self.laws)}
+        return told | {"left_out": dict(self.left_out)}
 
     def _left_out(self) -> Iterable[tuple[str, tuple[str, ...]]]:
         kinds = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sdlora.errors import SdloraError
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.metadata import trigger_words
 from sdlora.formats.write import dtype_of, write
@@ -72,6 +73,8 @@ def blend_files(
         if outcome.kept is not None:
             kept[outcome.path] = outcome.kept
         yield Step(done, total, outcome.path, outcome.kept)
+    if not deltas and all(one.adapter.deltas for one in opened):
+        raise SdloraError(f"nothing to write to {output}: all weights are 0; give one LoRA another weight")
     embeddings = {token: vectors for one in opened if _counts(one) for token, vectors in one.adapter.embeddings.items()}
     dtypes = {dtype_of(one.adapter) for one in opened}
     shared = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sdlora.formats.checkpoints import Checkpoint
     from sdlora.lowrank.laws import Delta
 
+LARGEST = 3.4e38  # in float32
 REST = "rest"  # of the UNet: what is in none of its blocks
 
 
@@ -79,8 +80,10 @@ def _norm(parameter: str, delta: Delta, base: Checkpoint | None) -> float:
     there = base is not None and parameter in base.parameters
     size = norm_of(delta, base.tensor(parameter).float() if base and there and not delta.linear else None)
     if size is None:
-        why = "which has no such parameter" if base else "which is not given"
+        why = "which has no such parameter" if base else "which is not given; --base MODEL gives it"
         raise SdloraError(f"{delta.name} depends on the weights of the base model, {why}")
+    if not size < LARGEST:
+        raise SdloraError("numbers so large that float32 cannot hold the change; it cannot be applied")
     return size
 
 

@@ -210,3 +210,30 @@ def test_what_a_verb_leaves_out_is_told_by_name(half: str, verb: list[str], caps
 def test_a_whole_file_goes_without_a_note(pair: tuple[dict[str, Tensor], dict[str, Tensor]], capsys) -> None:
     main(["resize", "A.safetensors", "--rank", "1", "-o", "C.safetensors"])
     assert "note" not in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_counted_by_component(pair: tuple[dict[str, Tensor], dict[str, Tensor]], capsys) -> None:
+    tensors = load_file("A.safetensors")
+    del tensors[f"{kohya([TEXT])[TEXT]}.lora_up.weight"]
+    tensors |= {f"lora_unet_nowhere.lora_{side}.weight": torch.ones(1, 1) for side in ("up", "down")}
+    save_file(tensors, "half.safetensors")
+    main(["inspect", "half.safetensors", "--partial", "--json"])
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["left_out"] == {"unet": {"keys not known": 2}, "text_encoder": {"modules not whole": 1}}
+    main(["inspect", "half.safetensors", "--partial"])
+    assert "unet: 2 keys not known; text_encoder: 1 modules not whole" in capsys.readouterr().out
+
+
+def test_changes_beyond_float32_are_told(pair: tuple[dict[str, Tensor], dict[str, Tensor]], capsys) -> None:
+    tensors = load_file("A.safetensors")
+    save_file(
+        {key: value * 1e28 if "lora_" in key[-20:] else value for key, value in tensors.items()}, "big.safetensors"
+    )
+    main(["inspect", "big.safetensors"])
+    assert "3 changes: numbers so large that float32 cannot hold the change" in capsys.readouterr().out
+
+
+def test_a_blend_of_nothing_is_refused(pair: tuple[dict[str, Tensor], dict[str, Tensor]], capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["blend", "A.safetensors:0", "B.safetensors:0", "-o", "C.safetensors"])
+    assert "all weights are 0" in capsys.readouterr().err and not Path("C.safetensors").exists()
