@@ -91,6 +91,7 @@ def _number(key: str, value: Tensor) -> float:
 
 
 def checked(key: str, value: Tensor, whole: bool = False) -> Tensor:
+    """The value itself; SdloraError unless it holds finite numbers with a fraction, or whole numbers for `whole`."""
     if value.is_floating_point() == whole or value.is_complex():
         wanted = "whole numbers" if whole else "numbers with a fraction"
         raise SdloraError(f"{key} holds {str(value.dtype)[6:]} where {wanted} belong; save it again")
