@@ -7,8 +7,9 @@ what it costs without LoRA. A law that asks for the base's weight gets W0, so th
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,22 @@ Weights = float | Mapping[str, float]  # one for all components, or by component
 Terms = tuple[tuple[Delta, float], ...]  # what a touched weight holds: deltas and their weights, in order of name
 Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file of a LoRA
 
+# Nanoseconds: a file changed so lately may change again without another time, the clocks of disks being coarse.
+SETTLED = 2 * 10**9
 KINDS = (*WRAPPABLE, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter was read from, and what lay there then. partial: whether a part of it would have done."""
+    """Where an adapter was read from, and what lay there then.
+
+    partial: whether a part of it would have done; settled: whether a change since must show in the stamp.
+    """
 
     path: Path
     stamp: Stamp
     partial: bool
+    settled: bool
     receipt: Receipt
 
 
@@ -141,10 +148,15 @@ class Mixer:
     def _read(self, path: Path, name: str, partial: bool) -> tuple[Adapter, Source]:
         """What lies at the path now; if that is what the name already stands for, the very same objects."""
         stamp, known = _stamp(path), self._sources.get(name)
-        if known and (known.path, known.stamp, known.partial) == (path, stamp, partial):
+        same = known is not None and (known.path, known.stamp, known.partial) == (path, stamp, partial)
+        if known and same and known.settled:
             return self._adapters[name], known
+        settled = time.time_ns() - max(changed for _, _, changed in stamp) > SETTLED
         adapter, receipt = read(path, self.architecture, partial)
-        return adapter, Source(path, stamp, partial, receipt)
+        if known and same and receipt == known.receipt:
+            self._sources[name] = replace(known, settled=settled)
+            return self._adapters[name], self._sources[name]
+        return adapter, Source(path, stamp, partial, settled, receipt)
 
     def _check(self, adapter: Adapter, name: str) -> None:
         """SdloraError where the adapter does not fit the model."""

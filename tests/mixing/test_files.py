@@ -1,6 +1,7 @@
 """LoRA files and folders in the mixer: read again when any of their files changes, swapped in one step."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,24 @@ def test_a_part_is_taken_when_it_is_asked_for_and_not_remembered_otherwise(tmp_p
     with pytest.raises(SdloraError, match="--partial"):
         mixer.hold({"a": (path, 1.0)})
     assert mixer.hold({"a": (path, 1.0)}, partial=True) == {"a": receipt}
+
+
+def test_new_content_under_the_same_time_and_size_is_seen(tmp_path: Path):
+    """As when a trainer writes twice within one tick of the disk's clock."""
+    pipeline = tiny_pipeline()
+    mixer, path = Mixer(pipeline), written(tmp_path / "a.safetensors", pipeline, seed=0)
+    first = mixer.load(path, "a")
+    assert mixer.load(path, "a") is first
+    status = path.stat()
+    written(path, pipeline, seed=1)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size and mixer.load(path, "a").sha256 != first.sha256
+
+
+def test_what_has_settled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipeline = tiny_pipeline()
+    mixer, path = Mixer(pipeline), written(tmp_path / "a.safetensors", pipeline)
+    os.utime(path, (1, 1))
+    receipt = mixer.load(path, "a")
+    monkeypatch.setattr("sdlora.mixing.mixer.read", lambda *_: pytest.fail("it is read again"))
+    assert mixer.load(path, "a") is receipt
