@@ -1,0 +1,106 @@
+"""A plan: a base model and what is to be mixed into it, an immutable value. Applying it is the mixer's work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from typing import Any
+
+from sdlora.errors import SdloraError, nearest
+from sdlora.formats.block_weights import BLOCKS, Factors, block_of
+from sdlora.mixing.schedule import ALWAYS, Schedule, parse_schedule
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraWeight:
+    """A LoRA and how much of it is applied, where and when. Weights that are no finite numbers raise SdloraError.
+
+    path: the file, or the name that the mixer knows it by. sha256: of its content, filled in when it is read.
+    text_encoder_2: SDXL's second text encoder, None for the weight of the first.
+    blocks: factors over the weights by block of the family's map; those that are not named are 1.
+    on: False keeps the settings and applies nothing.
+    schedule: a factor over the UNet's weight while it denoises. Text encoders, which are asked once, do not follow it.
+    """
+
+    path: str
+    unet: float = 1.0
+    text_encoder: float = 1.0
+    text_encoder_2: float | None = None
+    blocks: Factors = ()
+    on: bool = True
+    schedule: Schedule = ALWAYS
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name in COMPONENTS:
+            self._check(name, getattr(self, name))
+        for block, factor in self.blocks:
+            if block not in BLOCKS:
+                raise SdloraError(f"{self.path}: there is no block {block!r}{nearest(block, BLOCKS)}")
+            self._check(block, factor)
+
+    def _check(self, name: str, weight: Any) -> None:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight)
+        if not number and not (weight is None and name == "text_encoder_2"):
+            raise SdloraError(f"weight of {self.path} ({name}) is {weight!r}; it must be a finite number")
+
+    def of(self, component: str) -> float:
+        """The weight of a component, schedule aside."""
+        if component == "text_encoder_2" and self.text_encoder_2 is None:
+            component = "text_encoder"
+        return float(getattr(self, component)) if self.on else 0.0
+
+    def at(self, place: Place) -> float:
+        """The weight at a place, schedule aside."""
+        component, block = place
+        return self.of(component) * dict(self.blocks).get(block, 1.0)
+
+    def only(self, components: tuple[str, ...]) -> LoraWeight:
+        """The same with all other components off; what is not the UNet has no schedule."""
+        off = {name: 0.0 for name in COMPONENTS if name not in components}
+        kept = {"text_encoder_2": self.of("text_encoder_2")} if "text_encoder_2" in components and self.on else {}
+        return replace(self, **{**kept, **off}, schedule=self.schedule if "unet" in components else ALWAYS)
+
+
+Place = tuple[str, str]  # component and block
+
+
+def place_of(path: str) -> Place:
+    """Where a parameter stands."""
+    return path.partition(".")[0], block_of(path)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """base: the model, as a job names it. loras: in any order, each once; the order changes nothing."""
+
+    base: str
+    loras: tuple[LoraWeight, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [lora.path for lora in self.loras]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise SdloraError(f"{twice} is given twice; give each LoRA once, with the sum of its weights")
+
+    def only(self, components: tuple[str, ...]) -> Plan:
+        """The same for some components, the others as the base has them."""
+        return replace(self, loras=tuple(lora.only(components) for lora in self.loras))
+
+
+def as_dict(lora: LoraWeight) -> dict[str, Any]:
+    """For JSON; what is as it is by default is left out."""
+    told = {**asdict(lora), "schedule": str(lora.schedule), "blocks": dict(lora.blocks)}
+    default = {**asdict(LoraWeight(path="")), "schedule": "", "blocks": {}}
+    return {name: value for name, value in told.items() if name in COMPONENTS[:2] or value != default[name]}
+
+
+def from_dict(told: Mapping[str, Any]) -> LoraWeight:
+    """The opposite; TypeError or SdloraError for what is no such thing."""
+    blocks, schedule = told.get("blocks", {}), told.get("schedule", "")
+    if not isinstance(blocks, Mapping) or not isinstance(schedule, str):
+        raise TypeError("blocks must be a table, a schedule text")
+    return LoraWeight(**{**told, "blocks": tuple(blocks.items()), "schedule": parse_schedule(schedule)})
