@@ -1,14 +1,48 @@
-"""The blocks of Stable Diffusion's family, by which people weigh a LoRA.
+"""The blocks of Stable Diffusion's family, and the lists of factors by which people weigh a LoRA block by block.
 
-The names are those of block-weighted merging, and the UI extension sd-webui-lora-block-weight ("lbw") has them too:
-IN00 to IN11 are the original code's input_blocks, M00 its middle_block, OUT00 to OUT11 its output_blocks.
+The blocks have the names of block-weighted merging: IN00 to IN11 are the original code's input_blocks, M00 its
+middle_block, OUT00 to OUT11 its output_blocks. The lists are those of the UI extension sd-webui-lora-block-weight,
+typed there as `lbw=`; what is said of "lbw" here was read in its code.
 """
 
 import re
+from collections.abc import Mapping
+from math import isfinite
 
-BLOCKS = ("BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12)))
+from sdlora.errors import SdloraError, nearest
+from sdlora.formats.architectures import Architecture
+
+Factors = tuple[tuple[str, float], ...]  # block and factor, in the order of BLOCKS; blocks that are 1 are left out
+
+BLOCKS: tuple[str, ...] = ("BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12)))
+
+# The presets that lbw comes with: lists of 17.
+PRESETS: Mapping[str, str] = {
+    "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
+    "ALL": "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
+    "INS": "1,1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0",
+    "IND": "1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0",
+    "INALL": "1,1,1,1,1,1,1,0,0,0,0,0,0,0,0,0,0",
+    "MIDD": "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0",
+    "OUTD": "1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0",
+    "OUTS": "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1",
+    "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
+    "ALL0.5": "0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5",
+}
+
+_INS, _OUTS = BLOCKS[1:13], BLOCKS[14:]
+# The blocks of a list by its length: those with attention in SDXL and in SD 1.x, then all of SDXL and of SD 1.x.
+_LISTS = {
+    12: ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *_OUTS[:6]),
+    17: ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *_OUTS[3:]),
+    20: ("BASE", *_INS[:9], "M00", *_OUTS[:9]),
+    26: BLOCKS,
+}
+_COUNTS = "12, 17, 20 or 26"
+_GROUPS = {"IN": _INS, "MID": ("M00",), "OUT": _OUTS, "ALL": BLOCKS}
 
 _LAYER = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.|$)")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 def block_of(path: str) -> str:
@@ -18,7 +52,8 @@ def block_of(path: str) -> str:
     three layers, the upsampler with the last. So conv_in is IN00; down_blocks.i.{resnets,attentions}.j is
     IN(3i + j + 1), its downsampler IN(3i + 3); up_blocks.i.{resnets,attentions}.j is OUT(3i + j), its upsampler
     OUT(3i + 2). A level with fewer layers (toybox) keeps these numbers and leaves some out.
-    What lies in no block is BASE: the text encoders, the time and label embeddings, conv_norm_out and conv_out.
+    What lies in no block is BASE: the text encoders, the time and label embeddings, conv_norm_out and conv_out. (To
+    lbw BASE is the text encoders' layers alone; the rest it leaves at 1, whatever a list says.)
     """
     if path.startswith("unet.mid_block."):
         return "M00"
@@ -32,3 +67,172 @@ def block_of(path: str) -> str:
     number = 3 * int(level) + inside
     name = f"IN{number + 1:02}" if side == "down" else f"OUT{number:02}"
     return name if name in BLOCKS else "BASE"
+
+
+def blocks_of(architecture: Architecture) -> tuple[str, ...]:
+    """The blocks that an architecture has, in the order of BLOCKS: all 26 of SD 1.x and 2.x, 20 of SDXL."""
+    there = {block_of(path) for path in (*architecture.shapes, *architecture.norms)}
+    return tuple(block for block in BLOCKS if block in there)
+
+
+def read_factors(text: str, presets: Mapping[str, str] | None = None, dynamic: float = 1.0) -> Factors:
+    """The factors of an `lbw` list, of a preset by its name, or of named blocks.
+
+    A list has 12, 17, 20 or 26 numbers. As in lbw, it says 0 for each block that it has no number for (see
+    `unlisted`): "ALL", a list of 17, switches OUT00 to OUT02 off. X in a list stands for `dynamic`, X+0.2 and X-0.2
+    for something more or less.
+    Named blocks are "IN04:0.5,OUT03:0"; what is not named stays 1. A range "IN01-IN05:0.5" runs in the order of
+    BLOCKS; IN, MID, OUT and ALL are groups. Of two that name the same block the later counts: "OUT:0,OUT03:1".
+    presets: in place of PRESETS. SdloraError names what is wrong, and the nearest preset or block. lbw's random
+    factors R and U are refused, since no picture could be made a second time with them.
+    """
+    where, told = _resolved(text, PRESETS if presets is None else presets)
+    return _ordered(_named(told, where) if ":" in told else _listed(told, where, dynamic))
+
+
+def write_factors(factors: Factors, count: int, architecture: Architecture | None = None) -> str:
+    """As an `lbw` list of 12, 17, 20 or 26 numbers, which `read_factors` and lbw read.
+
+    SdloraError names a block that the list has no place for, and for which it would say 0, if its factor is another.
+    architecture: the one meant; what other blocks would get is then of no account.
+    """
+    if count not in _LISTS:
+        raise SdloraError(f"an lbw list has {_COUNTS} numbers, not {count}")
+    told = _checked(factors)
+    for block in BLOCKS if architecture is None else blocks_of(architecture):
+        factor = told.get(block, 1.0)
+        if block not in _LISTS[count] and factor:
+            place = f"an lbw list of {count} numbers has no place for {block}, whose factor is {_spelled(factor)}"
+            raise SdloraError(f"{place}; it would say 0; write a list of 26")
+    return ",".join(_spelled(told.get(block, 1.0)) for block in _LISTS[count])
+
+
+def write_named(factors: Factors) -> str:
+    """As named blocks, "IN04:0.5,OUT03:0", which `read_factors` reads; "" where all are 1."""
+    return ",".join(f"{block}:{_spelled(factor)}" for block, factor in _ordered(_checked(factors)))
+
+
+def absent(factors: Factors, architecture: Architecture) -> tuple[str, ...]:
+    """The blocks with a factor that the architecture does not have: there the factor does nothing."""
+    there = blocks_of(architecture)
+    return tuple(block for block, _ in factors if block not in there)
+
+
+def unlisted(text: str, architecture: Architecture, presets: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The architecture's blocks that a list, or a preset's list, has no number for and so switches off.
+
+    Arguments and errors as of `read_factors`; named blocks switch nothing off unsaid.
+    """
+    where, told = _resolved(text, PRESETS if presets is None else presets)
+    if ":" in told:
+        return ()
+    listed = _blocks_listed(told.split(","), where)
+    return tuple(block for block in blocks_of(architecture) if block not in listed)
+
+
+def read_presets(text: str) -> dict[str, str]:
+    """Presets by name, from the text of lbw's file (lbwpresets.txt): a line NAME:1,0,0... each.
+
+    As in lbw, lines with "#" and lines of another form are comments. A list of a wrong length is kept here, and
+    refused by name when it is used; lists of 61, for Flux, are kept for the sake of those who write the file again.
+    SdloraError names a preset that stands there twice with different lists.
+    """
+    presets: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, told = (part.strip() for part in line.partition(":"))
+        if not name or "#" in line or not re.fullmatch(r"[^\s,]+(\s*,\s*[^\s,]+)+|\w+(-\w+)?:\S+", told):
+            continue
+        if presets.setdefault(name, told) != told:
+            raise SdloraError(f"the presets have two different lists for {name}; delete one or give it another name")
+    return presets
+
+
+def write_presets(presets: Mapping[str, str]) -> str:
+    """The text of lbw's file, which `read_presets` reads. SdloraError names a preset that the file cannot hold."""
+    text = "".join(f"{name}:{told}\n" for name, told in presets.items())
+    kept = read_presets(text)
+    lost = next((name for name, told in presets.items() if kept.get(name) != told), None)
+    if lost is not None:
+        raise SdloraError(f"preset {lost!r}: a file of presets has names without : # or line breaks, lists of numbers")
+    return text
+
+
+def _resolved(text: str, presets: Mapping[str, str]) -> tuple[str, str]:
+    """What to call the list in an error, and the list."""
+    text = text.strip()
+    if text in presets:
+        return f"preset {text}", presets[text].strip()
+    if "," not in text and ":" not in text:
+        raise SdloraError(f"no preset of block weights is called {text!r}{nearest(text, presets)}")
+    return "block weights", text
+
+
+def _listed(told: str, where: str, dynamic: float) -> dict[str, float]:
+    parts = [part.strip() for part in told.split(",")]
+    listed = _blocks_listed(parts, where)
+    numbers = {block: _item(part, f"{where}: {block}", dynamic) for block, part in zip(listed, parts, strict=True)}
+    return dict.fromkeys(BLOCKS, 0.0) | numbers
+
+
+def _blocks_listed(parts: list[str], where: str) -> tuple[str, ...]:
+    if len(parts) in _LISTS:
+        return _LISTS[len(parts)]
+    flux = " (61 are for Flux)" if len(parts) == 61 else ""
+    raise SdloraError(f"{where}: {len(parts)} numbers{flux}; an lbw list has {_COUNTS}")
+
+
+def _item(part: str, where: str, dynamic: float) -> float:
+    """One entry of a list."""
+    if part in ("R", "U"):
+        raise SdloraError(f"{where} is {part}, a random factor, with which no picture is made twice; write a number")
+    if part == "X":
+        return float(dynamic)
+    if part[:2] in ("X+", "X-"):
+        return dynamic + _number(part[1:], where)
+    return _number(part, where)
+
+
+def _named(told: str, where: str) -> dict[str, float]:
+    factors: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in told.split(","))):
+        place, colon, number = (piece.strip() for piece in part.partition(":"))
+        if not colon:
+            raise SdloraError(f"{where}: {part!r} has no block and number; write as in IN04:0.5")
+        factors |= dict.fromkeys(_places(place.upper(), where), _number(number, f"{where}: {place}"))
+    return factors
+
+
+def _places(place: str, where: str) -> tuple[str, ...]:
+    """The blocks of a name, a group or a range."""
+    if place in _GROUPS:
+        return _GROUPS[place]
+    ends = [end.strip() for end in place.split("-")]
+    wrong = next((end for end in ends if end not in BLOCKS), None)
+    if wrong is not None or len(ends) > 2:
+        unknown = place if wrong is None else wrong
+        raise SdloraError(f"{where}: there is no block {unknown!r}{nearest(unknown, (*BLOCKS, *_GROUPS))}")
+    first, last = sorted((BLOCKS.index(ends[0]), BLOCKS.index(ends[-1])))
+    return BLOCKS[first : last + 1]
+
+
+def _number(text: str, where: str) -> float:
+    number = float(text) if _NUMBER.fullmatch(text) else float("nan")
+    if not isfinite(number):
+        raise SdloraError(f"{where} is {text!r}; write a number, such as 0.5")
+    return number
+
+
+def _checked(factors: Factors) -> dict[str, float]:
+    for block, _ in factors:
+        if block not in BLOCKS:
+            raise SdloraError(f"there is no block {block!r}{nearest(block, BLOCKS)}")
+    return dict(factors)
+
+
+def _ordered(factors: Mapping[str, float]) -> Factors:
+    return tuple((block, factors[block]) for block in BLOCKS if factors.get(block, 1.0) != 1.0)
+
+
+def _spelled(factor: float) -> str:
+    """In the fewest digits that read back as the same number."""
+    return str(int(factor)) if factor == int(factor) else repr(float(factor))
