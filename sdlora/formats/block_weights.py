@@ -42,6 +42,7 @@ _COUNTS = "12, 17, 20 or 26"
 _GROUPS = {"IN": _INS, "MID": ("M00",), "OUT": _OUTS, "ALL": BLOCKS}
 
 _LAYER = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.|$)")
+_LIST = re.compile(r"[\w.+-]+(?:\s*,\s*[\w.+-]+)+")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
@@ -133,14 +134,14 @@ def unlisted(text: str, architecture: Architecture, presets: Mapping[str, str] |
 def read_presets(text: str) -> dict[str, str]:
     """Presets by name, from the text of lbw's file (lbwpresets.txt): a line NAME:1,0,0... each.
 
-    As in lbw, lines with "#" and lines of another form are comments. A list of a wrong length is kept here, and
+    As in lbw, lines with "#" and lines that hold no list are comments. A list of a wrong length is kept here, and
     refused by name when it is used; lists of 61, for Flux, are kept for the sake of those who write the file again.
     SdloraError names a preset that stands there twice with different lists.
     """
     presets: dict[str, str] = {}
     for line in text.splitlines():
         name, _, told = (part.strip() for part in line.partition(":"))
-        if not name or "#" in line or not re.fullmatch(r"[^\s,]+(\s*,\s*[^\s,]+)+|\w+(-\w+)?:\S+", told):
+        if not name or "#" in line or not _LIST.fullmatch(told):
             continue
         if presets.setdefault(name, told) != told:
             raise SdloraError(f"the presets have two different lists for {name}; delete one or give it another name")
@@ -153,7 +154,8 @@ def write_presets(presets: Mapping[str, str]) -> str:
     kept = read_presets(text)
     lost = next((name for name, told in presets.items() if kept.get(name) != told), None)
     if lost is not None:
-        raise SdloraError(f"preset {lost!r}: a file of presets has names without : # or line breaks, lists of numbers")
+        rule = "its name must be without : # and line breaks, its factors a list of numbers (26 hold any)"
+        raise SdloraError(f"preset {lost!r} has no place in lbw's file: {rule}")
     return text
 
 
@@ -223,9 +225,11 @@ def _number(text: str, where: str) -> float:
 
 
 def _checked(factors: Factors) -> dict[str, float]:
-    for block, _ in factors:
+    for block, factor in factors:
         if block not in BLOCKS:
             raise SdloraError(f"there is no block {block!r}{nearest(block, BLOCKS)}")
+        if not isfinite(factor):
+            raise SdloraError(f"the factor of {block} is {factor}; it must be a finite number")
     return dict(factors)
 
 
@@ -235,4 +239,4 @@ def _ordered(factors: Mapping[str, float]) -> Factors:
 
 def _spelled(factor: float) -> str:
     """In the fewest digits that read back as the same number."""
-    return str(int(factor)) if factor == int(factor) else repr(float(factor))
+    return repr(float(factor)).removesuffix(".0")
