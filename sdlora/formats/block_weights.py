@@ -52,7 +52,8 @@ def block_of(path: str) -> str:
     Three numbers to a level, as in the original code: on the way down two layers and the downsampler, on the way up
     three layers, the upsampler with the last. So conv_in is IN00; down_blocks.i.{resnets,attentions}.j is
     IN(3i + j + 1), its downsampler IN(3i + 3); up_blocks.i.{resnets,attentions}.j is OUT(3i + j), its upsampler
-    OUT(3i + 2). A level with fewer layers (toybox) keeps these numbers and leaves some out.
+    OUT(3i + 2). A level with fewer layers (toybox) keeps these numbers and leaves some out; layers beyond the third
+    count as the third.
     What lies in no block is BASE: the text encoders, the time and label embeddings, conv_norm_out and conv_out. (To
     lbw BASE is the text encoders' layers alone; the rest it leaves at 1, whatever a list says.)
     """

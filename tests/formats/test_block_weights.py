@@ -78,6 +78,11 @@ def test_what_lies_in_no_block_is_base(path: str):
     assert block_of(path) == "BASE"
 
 
+def test_a_level_with_more_layers_does_not_reach_into_the_next():
+    assert block_of("unet.down_blocks.1.attentions.4.proj_in") == "IN06"
+    assert block_of("unet.up_blocks.1.resnets.4.conv1") == "OUT05"
+
+
 def test_an_architecture_has_the_blocks_of_its_unet():
     assert blocks_of(sd1()) == blocks_of(sd2()) == BLOCKS == tuple(LISTS[26].split())
     assert blocks_of(sdxl()) == tuple(LISTS[20].split())
