@@ -7,7 +7,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from sdlora import __version__
-from sdlora.cli import files, making
+from sdlora.cli import comparing, files, making
 from sdlora.errors import SdloraError
 
 app = App(
@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "resize": files.resize,
     "extract": files.extract,
     "merge": files.merge,
+    "conflicts": comparing.conflicts,
 }
 for name, verb in VERBS.items():
     app.command(verb, name=name)

@@ -1,0 +1,286 @@
+"""Know before you mix: how large LoRAs are, block by block, and where two of them get in each other's way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import acos, degrees, exp, log
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import SdloraError
+from sdlora.formats.architectures import LABELS, Architecture, known
+from sdlora.formats.checkpoints import Checkpoint
+from sdlora.formats.read import describe, read
+from sdlora.formats.receipt import Receipt
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import Delta
+from sdlora.lowrank.overlap import Change, change_of, overlap, principal_cosines
+from sdlora.workbench.advice import advice
+from sdlora.workbench.base_norms import base_norms
+from sdlora.workbench.meetings import Measured, Meeting, by_block, by_component, meeting, norm, relative
+from sdlora.workbench.output import Step
+
+LARGEST = 3.4e38  # in float32
+AT_A_TIME = 4  # parameters; one of SDXL that is written out whole takes some 0.2 GB
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One of the LoRAs, at weight 1.
+
+    label: its name without the ending, and what else tells it from the others. norm: |dW|, of all that was measured;
+    relative: that over |W|, None without a base. unmeasured: why a change could not be measured, by parameter.
+    """
+
+    label: str
+    receipt: Receipt
+    norm: float
+    relative: float | None
+    unmeasured: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.receipt.path
+
+
+@dataclass(frozen=True)
+class Closest:
+    """The matrix in which two LoRAs meet most (the largest inner product), with the principal angles there in degrees,
+    smallest first, between the directions that carry the energy of what they write to and of what they read from.
+    """
+
+    parameter: str
+    columns: tuple[float, ...]
+    rows: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of the LoRAs, by their numbers: where they meet, and one line of advice."""
+
+    first: int
+    second: int
+    blocks: tuple[Meeting, ...]
+    components: tuple[Meeting, ...]
+    whole: Meeting
+    closest: Closest | None
+    advice: str
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """What there is to know before mixing.
+
+    base: the model that sizes are told against, None without one. equalised: the weights, one for each LoRA, at which
+    all have the same size (|dW| / |W| where a base is known, else |dW|), their geometric mean being 1; None where
+    there are none, and then `why_not` says why. They are an offer: nothing applies them.
+    """
+
+    adapters: tuple[Sized, ...]
+    pairs: tuple[Pair, ...]
+    base: Path | None
+    equalised: tuple[float, ...] | None
+    why_not: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: all that is known."""
+        weights = self.equalised or [None] * len(self.adapters)
+        adapters = [
+            {
+                "path": str(one.path),
+                "label": one.label,
+                "sha256": one.receipt.sha256,
+                "norm": one.norm,
+                "relative": one.relative,
+                "equalised": weight,
+                "unmeasured": dict(one.unmeasured),
+                "left_out": dict(one.receipt.left_out),
+            }
+            for one, weight in zip(self.adapters, weights, strict=True)
+        ]
+        told = {"base": None if self.base is None else str(self.base), "why_not_equalised": self.why_not}
+        return {"adapters": adapters, "pairs": [asdict(pair) for pair in self.pairs], **told}
+
+
+def conflicts(
+    files: Sequence[Path | str], base: Checkpoint | None = None, partial: bool = False, cache: Path | None = None
+) -> Conflicts:
+    """Compare LoRAs, two by two, at weight 1.
+
+    base: the model to tell their sizes against, which also gives the weights that some laws depend on. partial: take
+    what fits of a file that is for another model than the first, too. cache: see `base_norms`.
+    SdloraError: fewer than two are given, one cannot be read, or they are for different architectures.
+    """
+    work = comparing(files, base, partial, cache)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def comparing(
+    files: Sequence[Path | str], base: Checkpoint | None = None, partial: bool = False, cache: Path | None = None
+) -> Generator[Step, None, Conflicts]:
+    """`conflicts` step by step; yields after each parameter."""
+    if len(files) < 2:
+        raise SdloraError(
+            "one LoRA has nothing to conflict with; name two or more" if files else "no LoRA is given; name two or more"
+        )
+    paths = [Path(file) for file in files]
+    architecture = base.architecture if base else _shared([describe(path) for path in paths], partial)
+    opened = [read(path, architecture, partial) for path in paths]
+    adapters = [adapter for adapter, _ in opened]
+    parameters = list(dict.fromkeys(path for adapter in adapters for path in adapter.deltas))
+    norms = base_norms(base, parameters, cache) if base else {}
+    measured: list[Measured] = []
+    unmeasured: list[dict[str, str]] = [{} for _ in adapters]
+
+    def work(path: str) -> tuple[Measured, dict[int, str]]:
+        return _measured(path, adapters, base, norms.get(path))
+
+    for done, (path, (one, reasons)) in enumerate(_side_by_side(work, parameters), 1):
+        measured.append(one)
+        for which, reason in reasons.items():
+            unmeasured[which][path] = reason
+        yield Step(done, len(parameters), path, None)
+    labels = _labels(paths)
+    sized = tuple(
+        Sized(labels[i], receipt, norm(measured, i), relative(measured, i), unmeasured[i])
+        for i, (_, receipt) in enumerate(opened)
+    )
+    pairs = tuple(_pair(i, j, measured, sized, adapters, base) for i, j in combinations(range(len(files)), 2))
+    return Conflicts(sized, pairs, base.path if base else None, *_equalised(sized))
+
+
+def _shared(receipts: Sequence[Receipt], partial: bool) -> Architecture | None:
+    """The architecture that all are made for; None where the first fits none, so that reading it says why."""
+    first = receipts[0]
+    if not first.made_for:
+        return None
+    shared = [name for name in first.made_for if all(name in one.made_for for one in receipts if one.made_for)]
+    if not shared and not partial:
+        other = next(one for one in receipts if one.made_for and not {*one.made_for} & {*first.made_for})
+        here, there = (f"{one.path} is for {_evident(one)}" for one in (first, other))
+        raise SdloraError(f"{here} and {there}; compare LoRAs of one base model, or what they share with --partial")
+    return next(one for one in known() if one.name == (shared or first.made_for)[0])
+
+
+def _evident(receipt: Receipt) -> str:
+    label = LABELS[receipt.made_for[0]]
+    return f"{label} ({', '.join(receipt.evidence)})" if receipt.evidence else label
+
+
+def _measured(
+    path: str, adapters: Sequence[Adapter], base: Checkpoint | None, base_norm: float | None
+) -> tuple[Measured, dict[int, str]]:
+    """One parameter, and why which adapter's change of it could not be measured."""
+    changes: dict[int, Change] = {}
+    reasons: dict[int, str] = {}
+    for which, adapter in enumerate(adapters):
+        if path in adapter.deltas:
+            try:
+                changes[which] = _change(path, adapter.deltas[path], base)
+            except SdloraError as error:
+                reasons[which] = str(error)
+    norms = tuple(
+        None if which in reasons else changes[which].norm if which in changes else 0.0 for which in range(len(adapters))
+    )
+    overlaps = {(i, j): overlap(changes[i], changes[j]) for i, j in combinations(sorted(changes), 2)}
+    matrix = any(len(change.shape) > 1 for change in changes.values())
+    return Measured(path, matrix, norms, base_norm, overlaps), reasons
+
+
+def _change(path: str, delta: Delta, base: Checkpoint | None) -> Change:
+    weight: Tensor | None = None
+    if not delta.linear:
+        if base is None or path not in base.parameters:
+            why = "which has no such parameter" if base else "which is not given; --base MODEL gives it"
+            raise SdloraError(f"{delta.name} depends on the weights of the base model, {why}")
+        weight = base.tensor(path).float()
+    change = change_of(delta, weight)
+    if not change.norm < LARGEST:
+        raise SdloraError("numbers so large that float32 cannot hold the change; it cannot be applied")
+    return change
+
+
+def _side_by_side(work: Callable[[str], T], paths: Sequence[str]) -> Iterator[tuple[str, T]]:
+    """(path, work(path)) in order; several parameters at a time, each on one thread.
+
+    Several threads gain nothing on matrices as small as these, and where a core is busy they wait for each other.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, AT_A_TIME), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from zip(paths, pool.map(work, paths), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what the workers set holds for threads to come, too
+
+
+def _pair(
+    first: int,
+    second: int,
+    measured: Sequence[Measured],
+    sized: Sequence[Sized],
+    adapters: Sequence[Adapter],
+    base: Checkpoint | None,
+) -> Pair:
+    blocks, whole = by_block(measured, first, second), meeting("all", measured, first, second)
+    here, there = sized[first], sized[second]
+    same = here.receipt.sha256 == there.receipt.sha256
+    told = advice((here.label, there.label), blocks, whole, same)
+    closest = _closest(first, second, measured, adapters, base)
+    return Pair(first, second, blocks, by_component(measured, first, second), whole, closest, told)
+
+
+def _closest(
+    first: int, second: int, measured: Sequence[Measured], adapters: Sequence[Adapter], base: Checkpoint | None
+) -> Closest | None:
+    met = {
+        one.path: abs(one.overlaps[first, second].inner)
+        for one in measured
+        if one.matrix and (first, second) in one.overlaps
+    }
+    if not any(met.values()):
+        return None
+    path = max(met, key=met.__getitem__)
+    one, other = (_change(path, adapters[which].deltas[path], base) for which in (first, second))
+    columns, rows = (tuple(degrees(acos(cosine)) for cosine in side.tolist()) for side in principal_cosines(one, other))
+    return Closest(path, columns, rows)
+
+
+def _equalised(sized: Sequence[Sized]) -> tuple[tuple[float, ...] | None, str]:
+    """The weights, or None and why there are none."""
+    for one in sized:
+        if one.unmeasured:
+            why = next(iter(one.unmeasured.values()))
+            return None, f"{len(one.unmeasured)} changes of {one.label} could not be measured: {why}"
+        if not one.norm:
+            return None, f"{one.label} changes nothing"
+    relatives = [one.relative for one in sized if one.relative]
+    sizes = relatives if len(relatives) == len(sized) else [one.norm for one in sized]
+    mean = exp(sum(map(log, sizes)) / len(sizes))
+    return tuple(mean / size for size in sizes), ""
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The names without the ending; where two are alike, with the folder, or with a number behind."""
+    stems = [path.name.removesuffix(".safetensors") for path in paths]
+    longer = [
+        f"{path.parent.name}/{stem}" if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)
+    ]
+    return [one if longer.count(one) == 1 else f"{one} ({longer[:i].count(one) + 1})" for i, one in enumerate(longer)]
+
+
+def letter(which: int) -> str:
+    """A short name for the LoRA of this number: A, B, ... and, beyond Z, its number counted from 1."""
+    return chr(ord("A") + which) if which < 26 else str(which + 1)

@@ -1,0 +1,176 @@
+"""Conflicts as a picture: a panel for each pair, its blocks from top to bottom, their numbers from left to right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdlora.errors import SdloraError
+from sdlora.formats.atomic import replace_file
+from sdlora.workbench.conflicts import Conflicts, Pair, letter
+from sdlora.workbench.meetings import Meeting
+
+Colour = tuple[int, int, int]
+
+MARGIN, ROW, COLUMN, NAMES = 28, 26, 92, 132  # pixels; NAMES: width of the names of blocks
+ACROSS = 3  # panels side by side
+TEXT, SMALL, TITLE = 15, 13, 18  # sizes of the letters
+ADVICE = 4  # lines at most
+HEAD = 2 * (TITLE + 8) + ADVICE * (TEXT + 4) + 2 * ROW
+WHITE, INK, FAINT, EMPTY = (255, 255, 255), (34, 34, 38), (120, 120, 126), (238, 238, 240)
+SIZE, OVERLAP = (28, 84, 140), (122, 62, 146)  # the fullest colour of a size and of an overlap
+OPPOSED, ALIKE = (190, 40, 34), (22, 118, 84)
+STRONG = 0.5  # a cosine beyond it has the fullest colour
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and its colour; None is nothing to tell."""
+
+    value: float | None
+    colour: Colour
+
+
+def refuse_picture(path: Path, overwrite: bool) -> None:
+    """SdloraError where no picture can be written: better said before the work than after it."""
+    if path.suffix.lower() != ".png":
+        raise SdloraError(f"{path}: the picture is a PNG; name a .png file")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise SdloraError(f"{path} is there already; name another file, or give --overwrite")
+    if not path.parent.is_dir():
+        raise SdloraError(f"{path.parent} is no folder; name one that is there for the picture")
+
+
+def save_heat_map(found: Conflicts, path: Path, overwrite: bool = False) -> None:
+    """Write the picture of `heat_map`; SdloraError where that cannot be."""
+    refuse_picture(path, overwrite)
+    image = heat_map(found)
+    try:
+        replace_file(path, lambda partial: image.save(partial, "PNG"))
+    except OSError as error:
+        raise SdloraError(f"{path} cannot be written ({error.strerror or error}); name another place") from error
+
+
+def heat_map(found: Conflicts) -> Image.Image:
+    """The picture: sizes in one colour scale for all panels, cosines from red (against) to green (alike), overlaps."""
+    across = min(len(found.pairs), ACROSS)
+    down = ceil(len(found.pairs) / across)
+    width, height = NAMES + 5 * COLUMN, HEAD + ROW * (1 + max(len(pair.blocks) for pair in found.pairs))
+    size = MARGIN + across * (width + MARGIN), MARGIN + down * (height + MARGIN) + 2 * ROW
+    image = Image.new("RGB", size, WHITE)
+    draw = ImageDraw.Draw(image)
+    told = [block.sizes(found.base is not None) for pair in found.pairs for block in pair.blocks]
+    largest = max((size for sizes in told for size in sizes if size), default=1.0)
+    for i, pair in enumerate(found.pairs):
+        left, top = MARGIN + i % across * (width + MARGIN), MARGIN + i // across * (height + MARGIN)
+        _panel(draw, left, top, width, found, pair, largest)
+    _legend(draw, MARGIN, size[1] - MARGIN - ROW, size[0] - 2 * MARGIN)
+    return image
+
+
+def _panel(
+    draw: ImageDraw.ImageDraw, left: int, top: int, width: int, found: Conflicts, pair: Pair, largest: float
+) -> None:
+    for which in (pair.first, pair.second):
+        _text(draw, (left, top), _cut(draw, f"{letter(which)}  {found.adapters[which].label}", width, TITLE), TITLE)
+        top += TITLE + 8
+    lines = _wrapped(draw, pair.advice, width)
+    for i, line in enumerate(lines):
+        _text(draw, (left, top + i * (TEXT + 4)), line, TEXT, FAINT)
+    top += ADVICE * (TEXT + 4) + ROW
+    relative = found.base is not None
+    for i, title in enumerate(_titles(pair, relative)):
+        _text(draw, (left + NAMES + i * COLUMN + COLUMN // 2, top + ROW // 2), title, SMALL, FAINT, "mm")
+    for row, block in enumerate((*pair.blocks, pair.whole), 1):
+        y = top + row * ROW + (6 if block is pair.whole else 0)
+        _text(draw, (left, y + ROW // 2), block.name, TEXT, anchor="lm")
+        for i, cell in enumerate(_cells(block, relative, largest)):
+            _cell(draw, left + NAMES + i * COLUMN, y, cell)
+
+
+def _titles(pair: Pair, relative: bool) -> tuple[str, ...]:
+    sized = "|dW|/|W|" if relative else "|dW|"
+    return f"{letter(pair.first)} {sized}", f"{letter(pair.second)} {sized}", "cosine", "columns", "rows"
+
+
+def _cells(block: Meeting, relative: bool, largest: float) -> Iterator[Cell]:
+    for size in block.sizes(relative):
+        yield Cell(size, _mixed(SIZE, (size or 0.0) / largest))
+    cosine = block.cosine or 0.0
+    yield Cell(block.cosine, _mixed(ALIKE if cosine > 0 else OPPOSED, abs(cosine) / STRONG))
+    for overlap in (block.columns, block.rows):
+        yield Cell(overlap, _mixed(OVERLAP, overlap or 0.0))
+
+
+def _cell(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell) -> None:
+    colour = EMPTY if cell.value is None else cell.colour
+    draw.rectangle((left + 1, top + 1, left + COLUMN - 2, top + ROW - 2), fill=colour)
+    if cell.value is not None:
+        dark = sum(colour) < 3 * 130
+        place = (left + COLUMN // 2, top + ROW // 2)
+        _text(draw, place, number(cell.value), SMALL, WHITE if dark else INK, "mm")
+
+
+def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
+    told = (
+        "sizes: the darker, the larger, one scale for all;  cosine: red against each other, green the same way;  "
+        "columns, rows: how far both write to and read from the same directions, 0 (chance) to 1"
+    )
+    for i, line in enumerate(_wrapped(draw, told, width, SMALL)):
+        _text(draw, (left, top + i * (SMALL + 4)), line, SMALL, FAINT)
+
+
+def number(value: float) -> str:
+    """Short, and never so that something looks like nothing."""
+    return f"{value:.2f}" if 0.0995 <= abs(value) < 100 or not value else f"{value:.2g}"
+
+
+def _mixed(full: Colour, share: float) -> Colour:
+    """From white to the full colour."""
+    share = min(max(share, 0.0), 1.0)
+    red, green, blue = (round(255 + (one - 255) * share) for one in full)
+    return red, green, blue
+
+
+def _text(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    size: int,
+    colour: Colour = INK,
+    anchor: str = "la",
+) -> None:
+    draw.text(place, text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
+
+
+def _wide(draw: ImageDraw.ImageDraw, text: str, size: int) -> float:
+    return draw.textlength(text, font=ImageFont.load_default(size))
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
+    """In the middle, where names that are alike differ least."""
+    text = "".join(one if one.isprintable() else "?" for one in text)
+    if _wide(draw, text, size) <= width:
+        return text
+    kept = next(n for n in range(len(text) - 1, -1, -1) if _wide(draw, _middle(text, n), size) <= width)
+    return _middle(text, kept)
+
+
+def _middle(text: str, kept: int) -> str:
+    return f"{text[: ceil(kept / 2)]}...{text[len(text) - kept // 2 :]}"
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, size: int = TEXT) -> list[str]:
+    """Lines that fit the width, words too long cut; ADVICE of them at most."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _wide(draw, longer, size) > width:
+            lines.append(_cut(draw, word, width, size))
+        else:
+            lines[-1] = _cut(draw, longer, width, size)
+    return lines[:ADVICE]
