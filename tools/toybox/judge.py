@@ -84,18 +84,23 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 def batch(seed: str, size: int, blemish: bool) -> tuple[Tensor, Tensor]:
-    """Rendered scenes and labels (size, 4); `blemish` blurs, shifts and speckles them as a decoder might."""
+    """Rendered scenes and labels (size, 4); `blemish`: as a decoder might show them."""
     rng = random.Random(seed)
     scenes = [any_scene(rng) for _ in range(size)]
     pictures = to_tensor([draw(scene) for scene in scenes])
     if blemish:
-        generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        share = torch.rand(size, 1, 1, 1, generator=generator)
-        pictures = pictures.lerp(blurred, share)
-        pictures = pictures * (1 + 0.2 * (torch.rand(size, 3, 1, 1, generator=generator) - 0.5))
-        pictures = pictures + 0.08 * share * torch.randn(pictures.shape, generator=generator)
+        pictures = blemished(pictures, rng)
     return pictures, torch.tensor([labels_of(scene) for scene in scenes])
+
+
+def blemished(pictures: Tensor, rng: random.Random) -> Tensor:
+    """Pictures (n, 3, 128, 128) blurred, off in their colours and speckled, each by a share of its own."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(48))
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    pictures = pictures.lerp(blurred, share)
+    pictures = pictures * (1 + 0.2 * (torch.rand(len(pictures), 3, 1, 1, generator=generator) - 0.5))
+    return pictures + 0.08 * share * torch.randn(pictures.shape, generator=generator)
 
 
 def right(logits: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
@@ -137,10 +142,10 @@ def load() -> Judge:
 
 
 @torch.inference_mode()
-def verdicts(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
+def verdicts(judge: Judge, pictures: list[Image.Image], labels: dict[str, tuple[str, ...]] = LABELS) -> list[Verdict]:
     answers = {name: logits.argmax(1).tolist() for name, logits in judge(to_tensor(pictures)).items()}
     return [
-        Verdict(*(LABELS[name][row] for name, row in zip(LABELS, rows, strict=True)))
+        Verdict(*(labels[name][row] for name, row in zip(labels, rows, strict=True)))
         for rows in zip(*answers.values(), strict=True)
     ]
 
