@@ -72,7 +72,7 @@ class Checkpoint:
         content = bytearray(prod(shape) * dtype.itemsize)
         try:
             with file.open("rb") as opened:
-                opened.seek(self._begins[file][key])
+                opened.seek(self.begins[file][key])
                 whole = opened.readinto(content) == len(content)
             now = file.stat()
         except OSError as error:
@@ -84,7 +84,7 @@ class Checkpoint:
         return torch.frombuffer(content, dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
     @cached_property
-    def _begins(self) -> dict[Path, dict[str, int]]:
+    def begins(self) -> dict[Path, dict[str, int]]:
         """Where each tensor begins in its file, in bytes. A header lists them in order, and there are no holes."""
         return {file: _begins(header) for file, header in self.files.items()}
 
