@@ -19,8 +19,9 @@ Conditioning = Mapping[str, Tensor]
 class Family:
     """A family is data and functions; training and generation go through the same ones.
 
-    encode(pipeline, captions): the conditioning, differentiable with respect to the text encoders.
-    unconditional(pipeline, captions): the same for negative prompts, of which empty ones may be special.
+    states(pipeline, ids): what the text encoders make of token numbers (n, window), one tensor for each encoder: the
+    states (n, window, width) of each, which the UNet sees side by side, and what it is told beside them.
+    unconditional(pipeline, captions): `encode` for negative prompts, of which empty ones may be special.
     predict(unet, latents, timesteps, conditioning, sizes): what the model predicts, in the shape of the latents
     (n, channels, height / 8, width / 8); timesteps (n,) or one for all;
     sizes: (n, 6) original height and width, crop top and left, target height and width; None: the latents' own.
@@ -28,7 +29,7 @@ class Family:
 
     name: str
     text_encoders: tuple[str, ...]
-    encode: Callable[[Any, Sequence[str]], Conditioning]
+    states: Callable[[Any, Sequence[Tensor]], tuple[list[Tensor], dict[str, Tensor]]]
     unconditional: Callable[[Any, Sequence[str]], Conditioning]
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
@@ -36,6 +37,14 @@ class Family:
     def components(self) -> tuple[str, ...]:
         """What a LoRA can change."""
         return ("unet", *self.text_encoders)
+
+    def encode(self, pipeline: Any, captions: Sequence[str]) -> Conditioning:
+        """The conditioning of captions as they stand, differentiable with respect to the text encoders.
+
+        What does not fit into the window is cut off, see `truncated`.
+        """
+        states, told = self.states(pipeline, [_tokens(pipeline, name, captions) for name in self.text_encoders])
+        return {"encoder_hidden_states": side_by_side(states), **told}
 
 
 def family_of(pipeline: Any) -> Family:
@@ -51,16 +60,26 @@ def components_of(pipeline: Any) -> dict[str, nn.Module]:
     return {name: getattr(pipeline, name) for name in family_of(pipeline).components}
 
 
+def side_by_side(states: Sequence[Tensor]) -> Tensor:
+    """The states (n, tokens, width) of the text encoders as the UNet sees them."""
+    return states[0] if len(states) == 1 else torch.cat(list(states), dim=-1)
+
+
+def tokenizer_of(pipeline: Any, text_encoder: str) -> Any:
+    """The tokenizer of a text encoder, by the component's name."""
+    return getattr(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
+
+
 def truncated(pipeline: Any, caption: str) -> str:
     """The end of the caption that does not fit into the text encoder's window, or ""."""
     tokenizer = pipeline.tokenizer
     room = tokenizer.model_max_length - 2  # start and end token
-    (spelled,) = _spelled_out(pipeline, tokenizer, [caption])
+    (spelled,) = spelled_out(pipeline, tokenizer, [caption])
     tokens = tokenizer(spelled, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
 
-def _spelled_out(pipeline: Any, tokenizer: Any, captions: Sequence[str]) -> list[str]:
+def spelled_out(pipeline: Any, tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """The captions with a word for each vector of the learned tokens in them, as diffusers' own pipelines do it.
 
     Those look for a token in small letters, as CLIP reads it, and miss one that a caption writes with capitals.
@@ -73,16 +92,20 @@ def _spelled_out(pipeline: Any, tokenizer: Any, captions: Sequence[str]) -> list
     return pipeline.maybe_convert_prompt(list(captions), tokenizer)
 
 
-def _tokens(pipeline: Any, captions: Sequence[str], suffix: str = "") -> Tensor:
-    """Token numbers (n, window) on the text encoder's device; suffix: "" or "_2"."""
-    tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
-    spelled, window = _spelled_out(pipeline, tokenizer, captions), tokenizer.model_max_length
+def _tokens(pipeline: Any, text_encoder: str, captions: Sequence[str]) -> Tensor:
+    """Token numbers (n, window) on the text encoder's device."""
+    tokenizer = tokenizer_of(pipeline, text_encoder)
+    spelled, window = spelled_out(pipeline, tokenizer, captions), tokenizer.model_max_length
     batch = tokenizer(spelled, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
-    return batch.input_ids.to(encoder.device)
+    return batch.input_ids.to(getattr(pipeline, text_encoder).device)
 
 
-def _encode_sd(pipeline: Any, captions: Sequence[str]) -> Conditioning:
-    return {"encoder_hidden_states": pipeline.text_encoder(_tokens(pipeline, captions))[0]}
+def _states_sd(pipeline: Any, ids: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    return [pipeline.text_encoder(ids[0])[0]], {}
+
+
+def _unconditional_sd(pipeline: Any, captions: Sequence[str]) -> Conditioning:
+    return SD.encode(pipeline, captions)
 
 
 def _predict_sd(
@@ -91,21 +114,18 @@ def _predict_sd(
     return unet(latents, timesteps, conditioning["encoder_hidden_states"], return_dict=False)[0]
 
 
-def _encode_sdxl(pipeline: Any, captions: Sequence[str]) -> Conditioning:
+def _states_sdxl(pipeline: Any, ids: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The last hidden state but one of both encoders, and the second's pooled projection (arXiv:2307.01952, 2.1)."""
-    states, pooled = [], None
-    for suffix in ("", "_2"):
-        encoder = getattr(pipeline, f"text_encoder{suffix}")
-        output = encoder(_tokens(pipeline, captions, suffix), output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-        pooled = output[0]
-    assert pooled is not None
-    return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
+    first, second = (
+        encoder(numbers, output_hidden_states=True)
+        for encoder, numbers in zip((pipeline.text_encoder, pipeline.text_encoder_2), ids, strict=True)
+    )
+    return [first.hidden_states[-2], second.hidden_states[-2]], {"text_embeds": second[0]}
 
 
 def _unconditional_sdxl(pipeline: Any, captions: Sequence[str]) -> Conditioning:
     """An empty negative prompt is zeros where the model was trained so, as its config says."""
-    conditioning = _encode_sdxl(pipeline, captions)
+    conditioning = SDXL.encode(pipeline, captions)
     if not pipeline.config.force_zeros_for_empty_prompt:
         return conditioning
     told = torch.tensor([bool(caption) for caption in captions], device=conditioning["text_embeds"].device)
@@ -123,6 +143,6 @@ def _predict_sdxl(
     return unet(latents, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
 
 
-SD = Family("sd", ("text_encoder",), _encode_sd, _encode_sd, _predict_sd)
-SDXL = Family("sdxl", ("text_encoder", "text_encoder_2"), _encode_sdxl, _unconditional_sdxl, _predict_sdxl)
+SD = Family("sd", ("text_encoder",), _states_sd, _unconditional_sd, _predict_sd)
+SDXL = Family("sdxl", ("text_encoder", "text_encoder_2"), _states_sdxl, _unconditional_sdxl, _predict_sdxl)
 FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
