@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from sdlora.errors import SdloraError
 from sdlora.lowrank.effect import factor_pair
@@ -38,7 +37,7 @@ class Live:
     def __init__(self, modules: Mapping[str, Any], base: Base) -> None:
         self._modules, self._base = modules, base
         self._weights = _Weights()
-        self._held: dict[str, tuple[Mapping[str, Slotted], RemovableHandle]] = {}  # by path of the module
+        self._held: dict[str, tuple[Mapping[str, Slotted], _Layer]] = {}  # by path of the module
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -62,7 +61,8 @@ class Live:
                 self._remove(path)
             for path in [path for path in wanted if path not in self._held]:
                 layer = _Layer(list(_parts(self._modules[path], path, wanted[path], self._base)), self._weights)
-                self._held[path] = (wanted[path], self._modules[path].register_forward_hook(layer))
+                self._held[path] = (wanted[path], layer)  # first: what interrupts this must leave a way back
+                self._modules[path].register_forward_hook(layer)
         except BaseException:
             self.clear()
             raise
@@ -81,8 +81,10 @@ class Live:
             self._remove(path)
 
     def _remove(self, path: str) -> None:
-        _, hook = self._held.pop(path)
-        hook.remove()
+        hooks, (_, layer) = self._modules[path]._forward_hooks, self._held[path]
+        for key in [key for key, hook in hooks.items() if hook is layer]:
+            del hooks[key]
+        del self._held[path]
 
 
 class _Weights:
@@ -140,7 +142,7 @@ class _Part(Protocol):
         """Add to the contiguous output y, in place, what the changes make of x. weights: (1 or batch, slots)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     """The forward hook of a module."""
 
