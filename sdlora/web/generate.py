@@ -7,26 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
 
 from sdlora.generation.job import SCHEDULERS, Job, parse_size
-from sdlora.generation.png import save
-from sdlora.generation.render import Picture, Progress, render
-from sdlora.web import markup, rack
+from sdlora.generation.prompts.tags import resolved
+from sdlora.generation.render import Picture, render
+from sdlora.web import compare, markup, outcome, rack
+from sdlora.web.outcome import KEPT, Outcome, Shot
+from sdlora.web.rack import QUIET
 from sdlora.web.studio import Studio
 from sdlora.web.toast import toasted
 
-KEPT = 64  # pictures in a page's gallery; all stay in the output folder
 SCHEDULER_NAMES = [("the model's own", "default"), *((told[2], name) for name, told in SCHEDULERS.items())]
-
-
-@dataclass(frozen=True)
-class Shot:
-    """A picture in the gallery: a copy that pages may fetch, its job, and its name in the output folder."""
-
-    shown: str
-    job: Job
-    file: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +27,7 @@ class Form:
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
     rack: rack.Rack
+    compare: compare.Compare
     model: gr.Dropdown
     seed: gr.Number
     random_seed: gr.Checkbox
@@ -47,17 +39,21 @@ class Form:
 
     @property
     def inputs(self) -> set[Any]:
-        own = {widget for name, widget in vars(self).items() if name != "rack"}
-        return own | self.rack.inputs
+        """What `job` wants the values of."""
+        own = {widget for name, widget in vars(self).items() if name not in ("rack", "compare")}
+        return own | self.rack.inputs | self.compare.inputs
 
     def job(self, values: Mapping[Any, Any]) -> Job:
-        """The job that the widgets' values describe; SdloraError for values that make none."""
+        """The job that the widgets' values describe, the prompt's LoRA tags among its LoRAs.
+
+        SdloraError for values that make none.
+        """
         width, height = parse_size(values[self.size]) if values[self.size] else (None, None)
-        return Job(
+        job = Job(
             prompt=values[self.prompt] or "",
             negative_prompt=values[self.negative_prompt] or "",
             model=values[self.model],
-            loras=self.rack.loras(values),
+            **self.rack.settings(values),
             seed=random.randrange(2**32) if values[self.random_seed] else values[self.seed],
             steps=values[self.steps],
             guidance_scale=values[self.guidance_scale],
@@ -66,36 +62,33 @@ class Form:
             height=height,
             count=values[self.count],
         )
+        return resolved(job, self.rack.studio.library.names)
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """The widgets that show a job running and what it made."""
+class Buttons:
+    """What starts a job, and what stops it."""
 
-    go: gr.Button
-    stop: gr.Button
-    bar: gr.HTML
-    gallery: gr.Gallery
-    details: gr.HTML
-    shots: gr.State
+    generate: gr.Button
+    compare: gr.Button
+    cancel: gr.Button
+
+    def running(self, now: bool) -> dict[Any, Any]:
+        """How they are seen while a job runs, and else."""
+        return {button: gr.Button(visible=(button is self.cancel) == now) for button in vars(self).values()}
 
 
 def build(studio: Studio, page: gr.Blocks) -> None:
     """Lay the tab out and wire it up."""
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=5, min_width=320):
-            form, go, stop, bar = _form(studio)
+            form, buttons, bar = _form(studio)
         with gr.Column(scale=6, min_width=320, elem_classes="outcome"):
-            gallery = gr.Gallery(
-                label="Pictures", show_label=False, columns=2, object_fit="contain", height="auto", format="png",
-                interactive=False, elem_id="gallery",
-            )  # fmt: skip
-            details = gr.HTML("", elem_id="details")
-            outcome = Outcome(go, stop, bar, gallery, details, gr.State(()))
-    _wire(studio, page, form, outcome)
+            shown = outcome.build(bar)
+    _wire(studio, page, form, buttons, shown)
 
 
-def _form(studio: Studio) -> tuple[Form, gr.Button, gr.Button, gr.HTML]:
+def _form(studio: Studio) -> tuple[Form, Buttons, gr.HTML]:
     prompt = gr.Textbox("a red cat in a meadow", label="Prompt", lines=2, max_length=4000, elem_id="prompt")
     negative_prompt = gr.Textbox("", label="Negative prompt", lines=1, max_length=4000, elem_id="negative")
     with gr.Row(elem_classes="go-row"):
@@ -105,6 +98,7 @@ def _form(studio: Studio) -> tuple[Form, gr.Button, gr.Button, gr.HTML]:
     model = gr.Dropdown(list(studio.models), value=studio.models[0], label="Model", render=False)
     gr.HTML('<h2 class="section">LoRAs</h2>')
     shelf = rack.build(studio, model)
+    side_by_side = compare.build(shelf)
     gr.HTML('<h2 class="section">Settings</h2>')
     with gr.Group():
         with gr.Row():
@@ -120,9 +114,9 @@ def _form(studio: Studio) -> tuple[Form, gr.Button, gr.Button, gr.HTML]:
             scheduler = gr.Dropdown(SCHEDULER_NAMES, value="default", label="Scheduler", min_width=140)
             model.render()
     form = Form(
-        prompt, negative_prompt, shelf, model, seed, random_seed, steps, guidance, scheduler, size, count
+        prompt, negative_prompt, shelf, side_by_side, model, seed, random_seed, steps, guidance, scheduler, size, count
     )  # fmt: skip
-    return form, go, stop, bar
+    return form, Buttons(go, side_by_side.go, stop), bar
 
 
 def _slider(label: str, low: float, high: float, value: float, step: float) -> gr.Slider:
@@ -130,87 +124,68 @@ def _slider(label: str, low: float, high: float, value: float, step: float) -> g
     return gr.Slider(low, high, value=value, step=step, label=label, min_width=140, buttons=[], elem_id=name)
 
 
-def _wire(studio: Studio, page: gr.Blocks, form: Form, outcome: Outcome) -> None:
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def run(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield {outcome.go: gr.Button(visible=False), outcome.stop: gr.Button(visible=True)}
-        calm = {outcome.go: gr.Button(visible=True), outcome.stop: gr.Button(visible=False)}
+def _wire(studio: Studio, page: gr.Blocks, form: Form, buttons: Buttons, shown: Outcome) -> None:
+    def run(side_by_side: bool, values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield buttons.running(True)
         try:
             with toasted():
-                yield from _run(studio, form, outcome, values, str(request.session_hash))
+                yield from _run(studio, form, shown, values, str(request.session_hash), side_by_side)
         except Exception:  # whatever it is, the page must be able to go on; gradio shows or logs it
-            yield {**calm, outcome.bar: markup.note("Ready.")}
+            yield {**buttons.running(False), shown.bar: markup.note("Ready.")}
             raise
-        yield calm
+        yield buttons.running(False)
+
+    def generate(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield from run(False, values, request)
+
+    def side_by_side(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield from run(True, values, request)
 
     def cancel(request: gr.Request) -> None:
         studio.cancel(str(request.session_hash))
 
-    def show(shots: tuple[Shot, ...], chosen: gr.SelectData) -> str:
-        shot = shots[chosen.index]
-        return markup.settings(shot.job, shot.file)
-
-    results = [*vars(outcome).values(), form.seed]
-    gr.on(
-        [outcome.go.click, form.prompt.submit],
-        run,
-        form.inputs | {outcome.shots},
-        results,
-        concurrency_limit=16,
-        trigger_mode="once",
-        **hidden,
-    )
-    outcome.stop.click(cancel, None, None, queue=False, **hidden)
-    outcome.gallery.select(show, outcome.shots, outcome.details, **hidden)
+    inputs, results = form.inputs | {shown.shots}, [*vars(buttons).values(), *vars(shown).values(), form.seed]
+    job: dict[str, Any] = {"concurrency_limit": 16, "trigger_mode": "once", **QUIET}
+    gr.on([buttons.generate.click, form.prompt.submit], generate, inputs, results, **job)
+    buttons.compare.click(side_by_side, inputs, results, **job)
+    buttons.cancel.click(cancel, None, None, queue=False, **QUIET)
     page.unload(cancel)
     rows = form.rack.rows
-    page.load(lambda: rack.on_load(form.rack), None, [*(r.lora for r in rows), *(r.words for r in rows)], **hidden)
+    page.load(lambda: rack.on_load(form.rack), None, [*(r.lora for r in rows), *(r.words for r in rows)], **QUIET)
 
 
 def _run(
-    studio: Studio, form: Form, outcome: Outcome, values: Mapping[Any, Any], session: str
+    studio: Studio, form: Form, shown: Outcome, values: Mapping[Any, Any], session: str, side_by_side: bool
 ) -> Iterator[dict[Any, Any]]:
-    """One job of one page: yields what changes in its widgets."""
-    job, shots = form.job(values), values[outcome.shots]
+    """One job of one page, or the comparison made of it: yields what changes in its widgets."""
+    shots: tuple[Shot, ...] = values[shown.shots]
     with studio.job_of(session) as asked:
-        yield {outcome.bar: markup.bar(0, f"loading {job.model}"), form.seed: job.seed}
-        notes: tuple[str, ...] = ()
-        done = 0
-        with closing(render(studio.mixer(job.model), job)) as events:
+        yield {shown.bar: markup.bar(0, f"loading {values[form.model]}")}
+        job = form.job(values)
+        comparison = form.compare.comparison(values, job, form.rack) if side_by_side else None
+        jobs, together = (comparison.jobs, comparison.cells) if comparison else ((job,), 1)
+        total = sum(one.count for one in jobs)
+        yield {form.seed: job.seed}
+        done: list[Picture] = []
+        made: list[Shot] = []  # of the sheet that is on its way
+        with closing(render(studio.mixer(job.model), *jobs)) as events:
             for event in events:
                 if isinstance(event, Picture):
-                    done, notes = done + 1, event.notes
-                    shots = (_kept(studio, outcome, event), *shots)[:KEPT]
-                    yield _gallery(outcome, shots)
+                    done.append(event)
+                    made.append(shown.kept(studio, event))
+                    whole = len(made) == together
+                    if whole and comparison:
+                        made.insert(0, shown.kept_sheet(studio, comparison, done[-together:]))
+                    yield shown.filled((*made, *shots)[:KEPT])
+                    if whole:
+                        shots, made = (*made, *shots), []
                 else:
-                    yield {outcome.bar: _bar(event, job)}
+                    yield {shown.bar: outcome.bar(event, total)}
                 if asked.is_set():
                     break
-    told = f"Cancelled after {_pictures(done)}." if asked.is_set() and done < job.count else f"{_pictures(done)} done."
-    yield {outcome.bar: markup.note(" ".join((told.capitalize(), *notes)))}
-
-
-def _kept(studio: Studio, outcome: Outcome, picture: Picture) -> Shot:
-    """The picture saved in the output folder, with a copy that pages may fetch."""
-    path = save(picture, studio.output)
-    return Shot(save_file_to_cache(path, outcome.gallery.GRADIO_CACHE), picture.job, str(path))
-
-
-def _gallery(outcome: Outcome, shots: tuple[Shot, ...]) -> dict[Any, Any]:
-    return {
-        outcome.gallery: [(shot.shown, markup.caption(shot.job)) for shot in shots],
-        outcome.details: markup.settings(shots[0].job, shots[0].file),
-        outcome.shots: shots,
-    }
-
-
-def _bar(at: Progress, job: Job) -> str:
-    if at.step == 0:
-        return markup.bar(0, "waiting for other pictures to be done")
-    share = (at.picture + at.step / at.steps) / job.count
-    which = f"picture {at.picture + 1} of {job.count}, " if job.count > 1 else ""
-    return markup.bar(share, f"{which}step {at.step} of {at.steps}")
+    cancelled = asked.is_set() and len(done) < total
+    told = f"Cancelled after {_pictures(len(done))}." if cancelled else f"{_pictures(len(done))} done."
+    yield {shown.bar: markup.note(told)}
 
 
 def _pictures(count: int) -> str:

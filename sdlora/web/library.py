@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
+from sdlora.generation.prompts.tags import Names, name_of
 
 SUFFIX = ".safetensors"
 
@@ -53,6 +54,14 @@ class Library:
         """Uploads first, then the files of the last scan."""
         with self._lock:
             return (*self._uploads.values(), *self._found.values())
+
+    @property
+    def names(self) -> Names:
+        """The files as they are now, by the names that tags in a prompt call them: with their folders or without."""
+        self.scan()
+        with self._lock:
+            found = [(entry.path, (name_of(entry.path), entry.label)) for entry in self._found.values()]
+            return Names([*((entry.path, (name_of(entry.path),)) for entry in self._uploads.values()), *found])
 
     def upload(self, path: Path) -> Entry:
         """Take in a file that a page has sent."""

@@ -1,9 +1,12 @@
 """The few pieces of HTML that the app writes itself. Whatever comes from files or people is escaped here."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from sdlora.formats.block_weights import write_named
 from sdlora.generation.job import Job
+from sdlora.mixing.plan import LoraWeight
 
 HEADER = """<header class="masthead"><h1>sdlora</h1><p>Mix LoRAs with sliders, see what they do.</p></header>"""
 
@@ -22,6 +25,27 @@ def note(text: str) -> str:
     return f'<p class="remark">{escape(text)}</p>'
 
 
+def cut(text: str, most: int = 28) -> str:
+    """Plain text, no longer than fits in a label."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def fault(text: str) -> str:
+    """A remark on what cannot be."""
+    return f'<p class="remark fault">{escape(text)}</p>'
+
+
+def curve(points: Sequence[tuple[float, float]]) -> str:
+    """A small drawing of a schedule: positions from 0 (noise) to 1 (picture), straight lines between the points."""
+    low, high = (pick(0.0, 1.0, *(factor for _, factor in points)) for pick in (min, max))
+    line = " ".join(f"{100 * position:.2f},{30 * (high - factor) / (high - low):.2f}" for position, factor in points)
+    drawn = f'<polyline points="{line}" vector-effect="non-scaling-stroke"/>'
+    return (
+        f'<figure class="curve"><svg viewBox="-1 -2 102 34" preserveAspectRatio="none" aria-hidden="true">{drawn}</svg>'
+        f"<figcaption><span>noise</span><span>{low:g} to {high:g}</span><span>picture</span></figcaption></figure>"
+    )
+
+
 def trigger_words(words: tuple[str, ...], remark: str) -> str:
     """What a LoRA wants to see in the prompt, and what its receipt says."""
     chips = "".join(f'<span class="chip">{escape(word)}</span>' for word in words)
@@ -29,13 +53,15 @@ def trigger_words(words: tuple[str, ...], remark: str) -> str:
     return f'<p class="remark">{said} &middot; {escape(remark)}</p>'
 
 
-def settings(job: Job, file: str) -> str:
-    """All settings of a picture."""
-    loras = ", ".join(f"{Path(lora.path).stem} {lora.unet:g}" for lora in job.loras)
+def settings(job: Job, file: str, compared: str = "") -> str:
+    """All settings of a picture; compared: of a sheet, what differs on it."""
+    several = [lora for lora in job.loras if lora.on]
     rows = {
         "prompt": job.prompt,
         "negative prompt": job.negative_prompt,
-        "LoRAs": loras or "none",
+        "compared": compared,
+        "LoRAs": "; ".join(map(_weights, several)) or "none",
+        "come together": _composition(job) if len(several) > 1 else "",
         "seed": job.seed,
         "steps": job.steps,
         "guidance scale": f"{job.guidance_scale:g}",
@@ -44,11 +70,28 @@ def settings(job: Job, file: str) -> str:
         "model": Path(job.model).name,
         "file": file,
     }
+    if compared:
+        del rows["LoRAs"]
     lines = (f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items() if value != "")
     return f'<dl class="settings">{"".join(lines)}</dl>'
 
 
-def caption(job: Job) -> str:
+def caption(job: Job, compared: str = "") -> str:
     """A picture's settings in a line (plain text; the gallery escapes it)."""
-    loras = [f"{Path(lora.path).stem} {lora.unet:g}" for lora in job.loras]
-    return " · ".join([f"seed {job.seed}", *loras])
+    loras = [f"{Path(lora.path).stem} {lora.unet:g}" for lora in job.loras if lora.on]
+    return " · ".join([f"seed {job.seed}", *([compared] if compared else loras)])
+
+
+def _weights(lora: LoraWeight) -> str:
+    """ "style 0.8, text encoder 0.4, blocks IN04:0.5, schedule 0:0, 1:1": what is not as usual is said."""
+    encoders = {"text encoder": lora.of("text_encoder"), "text encoder 2": lora.of("text_encoder_2")}
+    if lora.text_encoder_2 in (None, lora.text_encoder):
+        del encoders["text encoder 2"]
+    told = [f"{name} {weight:g}" for name, weight in encoders.items() if len(encoders) > 1 or weight != lora.unet]
+    told += [f"blocks {write_named(lora.blocks)}"] if lora.blocks else []
+    told += [f"schedule {lora.schedule}"] if lora.schedule.points else []
+    return ", ".join([f"{Path(lora.path).stem} {lora.unet:g}", *told])
+
+
+def _composition(job: Job) -> str:
+    return f"switch every {job.switch_every}" if job.compose == "switch" else job.compose

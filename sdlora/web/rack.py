@@ -1,4 +1,4 @@
-"""The rack: rows of LoRAs, each with an on/off box, a weight slider and its trigger words."""
+"""The rack: rows of LoRAs, and how they come together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,27 +7,24 @@ from typing import Any
 
 import gradio as gr
 
+from sdlora.formats.architectures import Architecture
 from sdlora.formats.read import read
-from sdlora.generation.job import LoraWeight
+from sdlora.mixing.plan import LoraWeight
 from sdlora.web import markup
+from sdlora.web import row as rows_
+from sdlora.web.row import Row
 from sdlora.web.studio import Studio
 from sdlora.web.toast import toasted
 
 ROWS = 8
 CHOOSE = "Choose a LoRA."
 EMPTY = "No LoRA here yet: train one with `sdlora train`, or upload a file."
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One LoRA's widgets."""
-
-    box: gr.Column
-    on: gr.Checkbox
-    lora: gr.Dropdown
-    weight: gr.Slider
-    remove: gr.Button
-    words: gr.HTML
+TOGETHER = {
+    "sum": "all in each step",
+    "switch": "one after the other, in turns",
+    "composite": "each by itself, then the mean of what they predict",
+}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,50 +38,59 @@ class Rack:
     add: gr.Button
     refresh: gr.Button
     upload: gr.UploadButton
+    compose: gr.Radio
+    switch_every: gr.Slider
 
     @property
     def inputs(self) -> set[Any]:
-        return {widget for row in self.rows for widget in (row.on, row.lora, row.weight)}
+        """What `settings` wants the values of."""
+        return {self.model, self.compose, self.switch_every, *(widget for row in self.rows for widget in row.inputs)}
 
-    def loras(self, values: Mapping[Any, Any]) -> tuple[LoraWeight, ...]:
-        """What a job gets of it: the rows that are on and hold a LoRA."""
-        return tuple(
-            LoraWeight(
-                path=str(self.studio.library.path(values[row.lora])),
-                unet=values[row.weight],
-                text_encoder=values[row.weight],
-            )
-            for row in self.rows
-            if values[row.on] and values[row.lora]
+    def held(self, values: Mapping[Any, Any]) -> dict[int, Path]:
+        """The files of the rows that are on and hold a LoRA."""
+        library = self.studio.library
+        on = ((i, values[row.lora]) for i, row in enumerate(self.rows) if values[row.on])
+        return {i: library.path(lora) for i, lora in on if lora}
+
+    def settings(self, values: Mapping[Any, Any]) -> dict[str, Any]:
+        """What a job gets of it: LoRAs, and how they come together. The model is loaded if it is not yet."""
+        held = self.held(values)
+        components = self.studio.mixer(values[self.model]).architecture.components if held else ()
+        loras: tuple[LoraWeight, ...] = tuple(
+            self.rows[i].lora_weight(values, str(path), components) for i, path in held.items()
         )
+        return {"loras": loras, "compose": values[self.compose], "switch_every": values[self.switch_every]}
 
 
 def build(studio: Studio, model: gr.Dropdown) -> Rack:
     """Lay the rack out and wire it up. model: the widget that holds the base model's name."""
-    rows = tuple(_row(i) for i in range(ROWS))
+    rows = tuple(rows_.build(i) for i in range(ROWS))
     with gr.Row(elem_classes="rack-buttons"):
         add = gr.Button("Add a LoRA", size="sm", min_width=80, elem_id="add-lora")
         upload = gr.UploadButton("Upload", size="sm", min_width=80, file_types=[".safetensors"], elem_id="upload-lora")
         refresh = gr.Button("Refresh list", size="sm", min_width=80, elem_id="refresh")
-    rack = Rack(studio, model, rows, gr.State((0,)), add, refresh, upload)
+    with gr.Group(elem_classes="together"):
+        compose = gr.Radio(
+            list(TOGETHER), value="sum", label="How they come together", info=TOGETHER["sum"], elem_id="compose"
+        )
+        switch_every = gr.Slider(
+            1, 20, value=1, step=1, label="steps each", buttons=[], visible=False, elem_id="switch-every"
+        )
+    rack = Rack(studio, model, rows, gr.State((0,)), add, refresh, upload, compose, switch_every)
     _wire(rack)
+    for row in rows:
+        _wire_row(rack, row)
     return rack
 
 
-def _row(index: int) -> Row:
-    with gr.Column(visible=index == 0, elem_classes="lora-row", elem_id=f"lora-{index}") as box:
-        with gr.Row(elem_classes="lora-head"):
-            on = gr.Checkbox(True, label="on", container=False, scale=0, min_width=56, elem_classes="lora-on")
-            lora = gr.Dropdown([], label="LoRA", show_label=False, container=False, scale=5, min_width=140)
-            remove = gr.Button("✕", size="sm", scale=0, min_width=40, elem_classes="lora-remove")
-        weight = gr.Slider(-2, 2, value=0.8, step=0.05, label="weight", buttons=[], elem_classes="lora-weight")
-        words = gr.HTML("", elem_classes="lora-words", elem_id=f"words-{index}")
-    return Row(box, on, lora, weight, remove, words)
+def on_load(rack: Rack) -> list[Any]:
+    """What a page that opens shows: the library as it is now."""
+    rack.studio.library.scan()
+    return [*_choices(rack), *(_invitation(rack) for _ in rack.rows)]
 
 
 def _wire(rack: Rack) -> None:
     lists, boxes = [row.lora for row in rack.rows], [row.box for row in rack.rows]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def offer() -> list[Any]:
         rack.studio.library.scan()
@@ -107,6 +113,22 @@ def _wire(rack: Rack) -> None:
         lists[place] = gr.Dropdown(choices=_pairs(rack), value=entry.id)
         return [*_show((*shown, place)), *lists]
 
+    rack.refresh.click(offer, None, lists, **QUIET)
+    rack.add.click(add, rack.shown, [rack.shown, *boxes], **QUIET)
+    rack.upload.upload(upload, [rack.upload, rack.shown, *lists], [rack.shown, *boxes, *lists], **QUIET)
+    rack.compose.change(
+        lambda chosen: [gr.Radio(info=TOGETHER[chosen]), gr.Slider(visible=chosen == "switch")],
+        rack.compose,
+        [rack.compose, rack.switch_every],
+        **QUIET,
+    )
+
+
+def _wire_row(rack: Rack, row: Row) -> None:
+    index = rack.rows.index(row)
+    told = {*row.settings, row.lora, row.weight, rack.model}
+    shows = [*row.encoders.values(), row.blocks.said, row.timing.said, row.more]
+
     def describe(lora: str | None, model: str) -> str:
         if not lora:
             return _invitation(rack)
@@ -114,23 +136,28 @@ def _wire(rack: Rack) -> None:
             _, receipt = read(rack.studio.library.path(lora), rack.studio.mixer(model).architecture)
         return markup.trigger_words(receipt.trigger_words, receipt.summary())
 
-    rack.refresh.click(offer, None, lists, **quiet)
-    rack.add.click(add, rack.shown, [rack.shown, *boxes], **quiet)
-    rack.upload.upload(upload, [rack.upload, rack.shown, *lists], [rack.shown, *boxes, *lists], **quiet)
-    for index, row in enumerate(rack.rows):
-        gr.on([row.lora.change, rack.model.change], describe, [row.lora, rack.model], row.words, **quiet)
-        row.remove.click(
-            lambda shown, index=index: [*_show(tuple(i for i in shown if i != index)), None, 0.8, True],
-            rack.shown,
-            [rack.shown, *boxes, row.lora, row.weight, row.on],
-            **quiet,
-        )
+    def tell(values: dict[Any, Any]) -> dict[Any, Any]:
+        return row.told(values, _architecture(rack, values, row))
+
+    def remove(shown: tuple[int, ...]) -> dict[Any, Any]:
+        left = tuple(i for i in shown if i != index)
+        boxes = {other.box: gr.Column(visible=i in left) for i, other in enumerate(rack.rows)}
+        return {rack.shown: left, **boxes, **row.defaults}
+
+    chosen = gr.on([row.lora.change, rack.model.change], describe, [row.lora, rack.model], row.words, **QUIET)
+    chosen.then(tell, told, shows, **QUIET)
+    encoders = list(row.encoders.values())  # those that no longer follow the weight begin where it stands
+    begun = row.follows.input(lambda weight: [weight] * len(encoders), row.weight, encoders, **QUIET)
+    begun.then(tell, told, shows, **QUIET)
+    quick = {**QUIET, "trigger_mode": "always_last"}
+    gr.on([widget.change for widget in row.settings[1:]], tell, told, shows, **quick)
+    row.remove.click(remove, rack.shown, [rack.shown, *(one.box for one in rack.rows), *row.defaults], **QUIET)
 
 
-def on_load(rack: Rack) -> list[Any]:
-    """What a page that opens shows: the library as it is now."""
-    rack.studio.library.scan()
-    return [*_choices(rack), *(_invitation(rack) for _ in rack.rows)]
+def _architecture(rack: Rack, values: Mapping[Any, Any], row: Row) -> Architecture | None:
+    """The model's, once a LoRA has been chosen: until then nothing is loaded."""
+    mixer = rack.studio.loaded(values[rack.model]) if values[row.lora] else None
+    return mixer.architecture if mixer else None
 
 
 def _invitation(rack: Rack) -> str:

@@ -29,6 +29,10 @@ class Studio:
                 self._mixers[model] = open_mixer(model)
             return self._mixers[model]
 
+    def loaded(self, model: str) -> Mixer | None:
+        """The same, but nothing is loaded."""
+        return self._mixers.get(model)
+
     @contextmanager
     def job_of(self, session: str) -> Iterator[threading.Event]:
         """While a session's job runs: an event that tells it to stop."""

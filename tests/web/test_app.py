@@ -3,7 +3,8 @@
 import pytest
 
 from sdlora.errors import SdloraError
-from sdlora.generation.job import Job, LoraWeight
+from sdlora.generation.job import Job
+from sdlora.mixing.plan import LoraWeight
 from sdlora.web import markup
 from sdlora.web.app import serve
 

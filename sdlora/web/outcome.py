@@ -1,0 +1,88 @@
+"""What came of jobs: the gallery, the settings of the picture that is looked at, and the bar above them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from sdlora.generation.job import Job
+from sdlora.generation.png import save, save_sheet
+from sdlora.generation.render import Picture, Progress
+from sdlora.web import markup
+from sdlora.web.compare import Comparison
+from sdlora.web.rack import QUIET
+from sdlora.web.studio import Studio
+
+KEPT = 64  # pictures in a page's gallery; all stay in the output folder
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture in the gallery: a copy that pages may fetch, its job, and its name in the output folder.
+
+    compared: of a sheet, what differs on it; job is then that of its last picture.
+    """
+
+    shown: str
+    job: Job
+    file: str
+    compared: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The widgets that show a job running and what it made."""
+
+    bar: gr.HTML
+    gallery: gr.Gallery
+    details: gr.HTML
+    shots: gr.State
+
+    def kept(self, studio: Studio, picture: Picture) -> Shot:
+        """The picture saved in the output folder, with a copy that pages may fetch."""
+        path = str(save(picture, studio.output))
+        return Shot(save_file_to_cache(path, self.gallery.GRADIO_CACHE), picture.job, path)
+
+    def kept_sheet(self, studio: Studio, comparison: Comparison, pictures: Sequence[Picture]) -> Shot:
+        """The same for the sheet of all pictures of one seed."""
+        job = pictures[-1].job
+        path = str(save_sheet(comparison.sheet(pictures), studio.output, job))
+        return Shot(save_file_to_cache(path, self.gallery.GRADIO_CACHE), job, path, comparison.told)
+
+    def filled(self, shots: Sequence[Shot]) -> dict[Any, Any]:
+        """The widgets with these pictures, the first of them looked at."""
+        first = shots[0]
+        return {
+            self.gallery: [(shot.shown, markup.caption(shot.job, shot.compared)) for shot in shots],
+            self.details: markup.settings(first.job, first.file, first.compared),
+            self.shots: tuple(shots),
+        }
+
+
+def build(bar: gr.HTML) -> Outcome:
+    """Lay the widgets out and wire them up; the bar stands elsewhere."""
+    gallery = gr.Gallery(
+        label="Pictures", show_label=False, columns=2, object_fit="contain", height="auto", format="png",
+        interactive=False, elem_id="gallery",
+    )  # fmt: skip
+    details = gr.HTML("", elem_id="details")
+    shots = gr.State(())
+
+    def show(shots: tuple[Shot, ...], chosen: gr.SelectData) -> str:
+        shot = shots[chosen.index]
+        return markup.settings(shot.job, shot.file, shot.compared)
+
+    gallery.select(show, shots, details, **QUIET)
+    return Outcome(bar, gallery, details, shots)
+
+
+def bar(at: Progress, total: int) -> str:
+    """How far a run of `total` pictures is."""
+    if at.step == 0:
+        return markup.bar(0, "waiting for other pictures to be done")
+    first, last = at.picture + 1, at.picture + at.together
+    which = f"picture {first} of {total}, " if at.together == 1 else f"pictures {first} to {last} of {total}, "
+    share = (at.picture + at.together * at.step / at.steps) / total
+    return markup.bar(share, f"{which if total > 1 else ''}step {at.step} of {at.steps}")
