@@ -19,9 +19,10 @@ EVEN = 16
 def merge(untouched: Tensor, terms: Terms, out: Tensor) -> None:
     """out = untouched + sum(weight * delta), in float32, rounded once to out's dtype. The same terms, the same bits.
 
-    `untouched` and `out` have one shape, are on one device, and are not the same memory. SdloraError: a delta does not
-    fit, or the sum overflows the dtype; `out` is of no use then.
+    `untouched` and `out` have one shape and are not the same memory. SdloraError: a delta does not fit, or the sum
+    overflows the dtype; `out` is of no use then.
     """
+    untouched = untouched.to(out.device)  # a model may have been moved since
     direct = out.dtype == torch.float32 and out.is_contiguous() and out[0].numel() % EVEN == 0
     total = out if direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
     total.copy_(untouched)
@@ -30,7 +31,7 @@ def merge(untouched: Tensor, terms: Terms, out: Tensor) -> None:
         _add_pairs(total, pairs)
     for delta, weight in terms:
         if not isinstance(delta, LowRank) or delta.mid is not None:
-            total.add_(delta.weight(untouched), alpha=weight)
+            total += weight * delta.weight(untouched)
     if not direct:
         out.copy_(total)
     if not _finite(out):
