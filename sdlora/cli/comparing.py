@@ -104,5 +104,5 @@ def _table(pair: Pair, relative: bool) -> Iterator[str]:
 
 def _row(block: Meeting, relative: bool) -> tuple[str, ...]:
     sizes = ("-" if one is None else f"{one:.3g}" for one in block.sizes(relative))
-    met = ("-" if one is None else f"{one:.2f}" for one in (block.cosine, block.columns, block.rows))
+    met = ("-" if one is None else f"{round(one, 2) + 0.0:.2f}" for one in (block.cosine, block.columns, block.rows))
     return (block.name, *sizes, *met)

@@ -9,28 +9,40 @@ from sdlora.formats.block_weights import BLOCKS
 from sdlora.workbench.meetings import Meeting
 
 # |A + B|^2 = |A|^2 + |B|^2 + 2 cos |A| |B|: two changes of one size lose a fifth of their energy at a cosine of -0.2,
-# and gain three tenths at 0.3. Unrelated LoRAs of real models have cosines within 0.01, and within 0.1 on toybox.
-OPPOSED = -0.2
-ALIKE = 0.3
-CROWDED = 0.4  # overlap, of columns and of rows, from which two share a block whatever the sign
+# and gain as much at 0.2. Unrelated LoRAs have cosines within 0.07 and overlaps of columns below 0.1 on toybox, and
+# less than 0.02 on SD 1.x; two of the same pictures, by another seed and rank, have 0.2 to 0.3 and 0.2 to 0.5.
+OPPOSED, ALIKE = -0.2, 0.2
+CROWDED = 0.3  # overlap, of columns and of rows, from which two share a block whatever the sign
 DROWNS = 3.0  # times as large
+ONE = 0.95  # cosine from which two are one change
 SLIGHT = 0.01  # of the product of the norms; a block that holds less is not spoken of
 
 
-def advice(names: tuple[str, str], blocks: Sequence[Meeting], whole: Meeting, same: bool = False) -> str:
-    """One line. names: of the two; blocks: where they meet; same: whether they are one and the same file."""
+def advice(
+    names: tuple[str, str], blocks: Sequence[Meeting], whole: Meeting, same: bool = False, unmeasured: int = 0
+) -> str:
+    """One line.
+
+    names: of the two; blocks: where they meet; same: whether they are one and the same file; unmeasured: how many of
+    their changes could not be measured.
+    """
     both = " and ".join(names)
     if same:
         return f"{both} are the same file: one of them at the sum of the weights does the same"
-    if not all(whole.norms):
-        silent = [name for name, size in zip(names, whole.norms, strict=True) if not size]
-        return f"nothing to compare: no change of {' and '.join(silent)} has a size"
-    return "; ".join(filter(None, (_meeting(both, blocks, whole), _drowning(names, whole))))
+    silent = [name for name, size in zip(names, whole.norms, strict=True) if not size]
+    if silent:
+        return f"nothing to compare: {' and '.join(silent)} changes nothing that can be measured"
+    parts = [_meeting(both, blocks, whole), _drowning(names, whole)]
+    if unmeasured:
+        parts.append(f"{unmeasured} of their changes could not be measured")
+    return "; ".join(filter(None, parts))
 
 
 def _meeting(both: str, blocks: Sequence[Meeting], whole: Meeting) -> str:
     if not any(block.norms[0] and block.norms[1] for block in blocks):
         return f"{both} change different blocks: mix freely"
+    if (whole.cosine or 0) >= ONE:
+        return f"{both} are nearly the same change (cosine {whole.cosine:.2f}): take one of them"
     spoken = [block for block in blocks if _product(block) >= SLIGHT * _product(whole)]
     against = [block for block in spoken if (block.cosine or 0) <= OPPOSED]
     if against:
@@ -59,7 +71,9 @@ def _drowning(names: tuple[str, str], whole: Meeting) -> str:
     ratio = large / small if small else 1.0
     if ratio < DROWNS:
         return ""
-    return f"{names[which]} is {ratio:.3g} times as large as {names[1 - which]}: begin with the equalised weights"
+    return (
+        f"{names[which]} is {ratio:.3g} times as large as {names[1 - which]}: lower it, or take the equalised weights"
+    )
 
 
 def _product(block: Meeting) -> float:

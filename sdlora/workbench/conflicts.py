@@ -27,8 +27,10 @@ from sdlora.workbench.meetings import Measured, Meeting, by_block, by_component,
 from sdlora.workbench.output import Step
 
 LARGEST = 3.4e38  # in float32
+LONGEST = 40  # characters of a label, that of a folder before it apart
 AT_A_TIME = 4  # parameters; one of SDXL that is written out whole takes some 0.2 GB
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -132,12 +134,10 @@ def comparing(
 ) -> Generator[Step, None, Conflicts]:
     """`conflicts` step by step; yields after each parameter."""
     if len(files) < 2:
-        raise SdloraError(
-            "one LoRA has nothing to conflict with; name two or more" if files else "no LoRA is given; name two or more"
-        )
+        raise SdloraError("conflicts are between LoRAs; name two files or more")
     paths = [Path(file) for file in files]
     architecture = base.architecture if base else _shared([describe(path) for path in paths], partial)
-    opened = [read(path, architecture, partial) for path in paths]
+    opened = [one for _, one in _side_by_side(lambda path: read(path, architecture, partial), paths)]
     adapters = [adapter for adapter, _ in opened]
     parameters = list(dict.fromkeys(path for adapter in adapters for path in adapter.deltas))
     norms = base_norms(base, parameters, cache) if base else {}
@@ -157,7 +157,8 @@ def comparing(
         Sized(labels[i], receipt, norm(measured, i), relative(measured, i), unmeasured[i])
         for i, (_, receipt) in enumerate(opened)
     )
-    pairs = tuple(_pair(i, j, measured, sized, adapters, base) for i, j in combinations(range(len(files)), 2))
+    both = list(combinations(range(len(files)), 2))
+    pairs = tuple(one for _, one in _side_by_side(lambda two: _pair(two, measured, sized, adapters, base), both))
     return Conflicts(sized, pairs, base.path if base else None, *_equalised(sized))
 
 
@@ -212,32 +213,32 @@ def _change(path: str, delta: Delta, base: Checkpoint | None) -> Change:
     return change
 
 
-def _side_by_side(work: Callable[[str], T], paths: Sequence[str]) -> Iterator[tuple[str, T]]:
-    """(path, work(path)) in order; several parameters at a time, each on one thread.
+def _side_by_side(work: Callable[[S], T], items: Sequence[S]) -> Iterator[tuple[S, T]]:
+    """(item, work(item)) in order; several at a time, each on one thread.
 
     Several threads gain nothing on matrices as small as these, and where a core is busy they wait for each other.
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(min(threads, AT_A_TIME), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from zip(paths, pool.map(work, paths), strict=True)
+        yield from zip(items, pool.map(work, items), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # what the workers set holds for threads to come, too
 
 
 def _pair(
-    first: int,
-    second: int,
+    both: tuple[int, int],
     measured: Sequence[Measured],
     sized: Sequence[Sized],
     adapters: Sequence[Adapter],
     base: Checkpoint | None,
 ) -> Pair:
+    first, second = both
     blocks, whole = by_block(measured, first, second), meeting("all", measured, first, second)
     here, there = sized[first], sized[second]
     same = here.receipt.sha256 == there.receipt.sha256
-    told = advice((here.label, there.label), blocks, whole, same)
+    told = advice((here.label, there.label), blocks, whole, same, len(here.unmeasured) + len(there.unmeasured))
     closest = _closest(first, second, measured, adapters, base)
     return Pair(first, second, blocks, by_component(measured, first, second), whole, closest, told)
 
@@ -273,12 +274,17 @@ def _equalised(sized: Sequence[Sized]) -> tuple[tuple[float, ...] | None, str]:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The names without the ending; where two are alike, with the folder, or with a number behind."""
-    stems = [path.name.removesuffix(".safetensors") for path in paths]
-    longer = [
-        f"{path.parent.name}/{stem}" if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)
-    ]
-    return [one if longer.count(one) == 1 else f"{one} ({longer[:i].count(one) + 1})" for i, one in enumerate(longer)]
+    """The names without the ending; where two are alike, the folder before it, or else a number behind it."""
+    short = [_cut(path.name.removesuffix(".safetensors")) for path in paths]
+    long = [f"{_cut(path.parent.name)}/{name}" for path, name in zip(paths, short, strict=True)]
+    pairs = list(zip(short, long, strict=True))
+    found = [name if short.count(name) == 1 or long.count(more) > 1 else more for name, more in pairs]
+    return [one if found.count(one) == 1 else f"{one} ({found[:i].count(one) + 1})" for i, one in enumerate(found)]
+
+
+def _cut(name: str) -> str:
+    """Long names without their middle: names that are alike mostly differ at the end."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 3]}...{name[-LONGEST // 2 :]}"
 
 
 def letter(which: int) -> str:

@@ -17,21 +17,22 @@ from sdlora.workbench.meetings import Meeting
 Colour = tuple[int, int, int]
 
 MARGIN, ROW, COLUMN, NAMES = 28, 26, 92, 132  # pixels; NAMES: width of the names of blocks
+GAP = 6  # before the last row
 ACROSS = 3  # panels side by side
 TEXT, SMALL, TITLE = 15, 13, 18  # sizes of the letters
-ADVICE = 4  # lines at most
-HEAD = 2 * (TITLE + 8) + ADVICE * (TEXT + 4) + 2 * ROW
+LINE = TEXT + 4
 WHITE, INK, FAINT, EMPTY = (255, 255, 255), (34, 34, 38), (120, 120, 126), (238, 238, 240)
 SIZE, OVERLAP = (28, 84, 140), (122, 62, 146)  # the fullest colour of a size and of an overlap
 OPPOSED, ALIKE = (190, 40, 34), (22, 118, 84)
 STRONG = 0.5  # a cosine beyond it has the fullest colour
+DARK = 3 * 130  # sum of red, green and blue below which ink is white
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number and its colour; None is nothing to tell."""
+    """A number as it is shown, "" for nothing, and its colour."""
 
-    value: float | None
+    text: str
     colour: Colour
 
 
@@ -59,7 +60,10 @@ def heat_map(found: Conflicts) -> Image.Image:
     """The picture: sizes in one colour scale for all panels, cosines from red (against) to green (alike), overlaps."""
     across = min(len(found.pairs), ACROSS)
     down = ceil(len(found.pairs) / across)
-    width, height = NAMES + 5 * COLUMN, HEAD + ROW * (1 + max(len(pair.blocks) for pair in found.pairs))
+    width = NAMES + 5 * COLUMN
+    lines = max(len(_wrapped(pair.advice, width)) for pair in found.pairs)
+    head = 2 * (TITLE + 8) + lines * LINE + ROW // 2
+    height = head + ROW * (2 + max(len(pair.blocks) for pair in found.pairs)) + GAP
     size = MARGIN + across * (width + MARGIN), MARGIN + down * (height + MARGIN) + 2 * ROW
     image = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(image)
@@ -67,26 +71,25 @@ def heat_map(found: Conflicts) -> Image.Image:
     largest = max((size for sizes in told for size in sizes if size), default=1.0)
     for i, pair in enumerate(found.pairs):
         left, top = MARGIN + i % across * (width + MARGIN), MARGIN + i // across * (height + MARGIN)
-        _panel(draw, left, top, width, found, pair, largest)
+        _names(draw, left, top, width, found, pair)
+        _table(draw, left, top + head, pair, found.base is not None, largest)
     _legend(draw, MARGIN, size[1] - MARGIN - ROW, size[0] - 2 * MARGIN)
     return image
 
 
-def _panel(
-    draw: ImageDraw.ImageDraw, left: int, top: int, width: int, found: Conflicts, pair: Pair, largest: float
-) -> None:
+def _names(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, found: Conflicts, pair: Pair) -> None:
     for which in (pair.first, pair.second):
-        _text(draw, (left, top), _cut(draw, f"{letter(which)}  {found.adapters[which].label}", width, TITLE), TITLE)
+        _text(draw, (left, top), _cut(f"{letter(which)}  {found.adapters[which].label}", width, TITLE), TITLE)
         top += TITLE + 8
-    lines = _wrapped(draw, pair.advice, width)
-    for i, line in enumerate(lines):
-        _text(draw, (left, top + i * (TEXT + 4)), line, TEXT, FAINT)
-    top += ADVICE * (TEXT + 4) + ROW
-    relative = found.base is not None
+    for i, line in enumerate(_wrapped(pair.advice, width)):
+        _text(draw, (left, top + i * LINE), line, TEXT, FAINT)
+
+
+def _table(draw: ImageDraw.ImageDraw, left: int, top: int, pair: Pair, relative: bool, largest: float) -> None:
     for i, title in enumerate(_titles(pair, relative)):
         _text(draw, (left + NAMES + i * COLUMN + COLUMN // 2, top + ROW // 2), title, SMALL, FAINT, "mm")
     for row, block in enumerate((*pair.blocks, pair.whole), 1):
-        y = top + row * ROW + (6 if block is pair.whole else 0)
+        y = top + row * ROW + (GAP if block is pair.whole else 0)
         _text(draw, (left, y + ROW // 2), block.name, TEXT, anchor="lm")
         for i, cell in enumerate(_cells(block, relative, largest)):
             _cell(draw, left + NAMES + i * COLUMN, y, cell)
@@ -99,20 +102,23 @@ def _titles(pair: Pair, relative: bool) -> tuple[str, ...]:
 
 def _cells(block: Meeting, relative: bool, largest: float) -> Iterator[Cell]:
     for size in block.sizes(relative):
-        yield Cell(size, _mixed(SIZE, (size or 0.0) / largest))
-    cosine = block.cosine or 0.0
-    yield Cell(block.cosine, _mixed(ALIKE if cosine > 0 else OPPOSED, abs(cosine) / STRONG))
-    for overlap in (block.columns, block.rows):
-        yield Cell(overlap, _mixed(OVERLAP, overlap or 0.0))
+        yield Cell("", EMPTY) if size is None else Cell(f"{size:.3g}", _mixed(SIZE, size / largest))
+    for value, full, colour in (
+        (block.cosine, STRONG, ALIKE if (block.cosine or 0) > 0 else OPPOSED),
+        (block.columns, 1.0, OVERLAP),
+        (block.rows, 1.0, OVERLAP),
+    ):
+        yield (
+            Cell("", EMPTY)
+            if value is None
+            else Cell(f"{round(value, 2) + 0.0:.2f}", _mixed(colour, abs(value) / full))
+        )
 
 
 def _cell(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell) -> None:
-    colour = EMPTY if cell.value is None else cell.colour
-    draw.rectangle((left + 1, top + 1, left + COLUMN - 2, top + ROW - 2), fill=colour)
-    if cell.value is not None:
-        dark = sum(colour) < 3 * 130
-        place = (left + COLUMN // 2, top + ROW // 2)
-        _text(draw, place, number(cell.value), SMALL, WHITE if dark else INK, "mm")
+    draw.rectangle((left + 1, top + 1, left + COLUMN - 2, top + ROW - 2), fill=cell.colour)
+    ink = WHITE if sum(cell.colour) < DARK else INK
+    _text(draw, (left + COLUMN // 2, top + ROW // 2), cell.text, SMALL, ink, "mm")
 
 
 def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
@@ -120,13 +126,8 @@ def _legend(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
         "sizes: the darker, the larger, one scale for all;  cosine: red against each other, green the same way;  "
         "columns, rows: how far both write to and read from the same directions, 0 (chance) to 1"
     )
-    for i, line in enumerate(_wrapped(draw, told, width, SMALL)):
+    for i, line in enumerate(_wrapped(told, width, SMALL)):
         _text(draw, (left, top + i * (SMALL + 4)), line, SMALL, FAINT)
-
-
-def number(value: float) -> str:
-    """Short, and never so that something looks like nothing."""
-    return f"{value:.2f}" if 0.0995 <= abs(value) < 100 or not value else f"{value:.2g}"
 
 
 def _mixed(full: Colour, share: float) -> Colour:
@@ -147,16 +148,16 @@ def _text(
     draw.text(place, text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
 
 
-def _wide(draw: ImageDraw.ImageDraw, text: str, size: int) -> float:
-    return draw.textlength(text, font=ImageFont.load_default(size))
+def _wide(text: str, size: int) -> float:
+    return ImageFont.load_default(size).getlength(text)
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
+def _cut(text: str, width: int, size: int) -> str:
     """In the middle, where names that are alike differ least."""
     text = "".join(one if one.isprintable() else "?" for one in text)
-    if _wide(draw, text, size) <= width:
+    if _wide(text, size) <= width:
         return text
-    kept = next(n for n in range(len(text) - 1, -1, -1) if _wide(draw, _middle(text, n), size) <= width)
+    kept = next(n for n in range(len(text) - 1, -1, -1) if _wide(_middle(text, n), size) <= width)
     return _middle(text, kept)
 
 
@@ -164,13 +165,13 @@ def _middle(text: str, kept: int) -> str:
     return f"{text[: ceil(kept / 2)]}...{text[len(text) - kept // 2 :]}"
 
 
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, size: int = TEXT) -> list[str]:
-    """Lines that fit the width, words too long cut; ADVICE of them at most."""
+def _wrapped(text: str, width: int, size: int = TEXT) -> list[str]:
+    """Lines that fit the width; words that are too long are cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _wide(draw, longer, size) > width:
-            lines.append(_cut(draw, word, width, size))
+        if lines[-1] and _wide(longer, size) > width:
+            lines.append(_cut(word, width, size))
         else:
-            lines[-1] = _cut(draw, longer, width, size)
-    return lines[:ADVICE]
+            lines[-1] = _cut(longer, width, size)
+    return lines
