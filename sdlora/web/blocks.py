@@ -57,10 +57,16 @@ def _wire(text: gr.Textbox, preset: gr.Dropdown, sliders: Sequence[gr.Slider]) -
         told = PRESETS.get(name or "", "")
         return [told, *shown(told)]
 
-    text.input(lambda told: [None, *shown(told)], text, [preset, *sliders], **quiet)
+    typed = [text.input, text.blur]  # what is pasted is no input to gradio; it is seen when the box is left
+    gr.on(typed, lambda told: [_preset(told), *shown(told)], text, [preset, *sliders], **quiet)
     preset.input(filled, preset, [text, *sliders], **quiet)
     moved = [slider.input for slider in sliders]
     gr.on(moved, lambda told, *at: [slid(told, at), None], [text, *sliders], [text, preset], **quiet)
+
+
+def _preset(text: str) -> str | None:
+    """The name of the preset that the text is."""
+    return next((name for name, told in PRESETS.items() if text.strip() in (name, told)), None)
 
 
 def shown(text: str) -> list[float]:

@@ -54,14 +54,14 @@ def trigger_words(words: tuple[str, ...], remark: str) -> str:
 
 
 def settings(job: Job, file: str, compared: str = "") -> str:
-    """All settings of a picture; compared: of a sheet, what differs on it."""
+    """All settings of a picture; compared: of a sheet, the LoRAs whose weights differ on it."""
     several = [lora for lora in job.loras if lora.on]
     rows = {
         "prompt": job.prompt,
         "negative prompt": job.negative_prompt,
         "compared": compared,
-        "LoRAs": "; ".join(map(_weights, several)) or "none",
-        "come together": _composition(job) if len(several) > 1 else "",
+        "LoRAs": "; ".join(map(_weights, several)) or ("" if compared else "none"),
+        "come together": _composition(job) if len(several) + bool(compared) > 1 else "",
         "seed": job.seed,
         "steps": job.steps,
         "guidance scale": f"{job.guidance_scale:g}",
@@ -70,8 +70,6 @@ def settings(job: Job, file: str, compared: str = "") -> str:
         "model": Path(job.model).name,
         "file": file,
     }
-    if compared:
-        del rows["LoRAs"]
     lines = (f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items() if value != "")
     return f'<dl class="settings">{"".join(lines)}</dl>'
 
@@ -79,7 +77,7 @@ def settings(job: Job, file: str, compared: str = "") -> str:
 def caption(job: Job, compared: str = "") -> str:
     """A picture's settings in a line (plain text; the gallery escapes it)."""
     loras = [f"{Path(lora.path).stem} {lora.unet:g}" for lora in job.loras if lora.on]
-    return " · ".join([f"seed {job.seed}", *([compared] if compared else loras)])
+    return " · ".join([*(["sheet", compared] if compared else []), f"seed {job.seed}", *loras])
 
 
 def _weights(lora: LoraWeight) -> str:

@@ -1,7 +1,7 @@
 """What came of jobs: the gallery, the settings of the picture that is looked at, and the bar above them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -22,7 +22,7 @@ KEPT = 64  # pictures in a page's gallery; all stay in the output folder
 class Shot:
     """A picture in the gallery: a copy that pages may fetch, its job, and its name in the output folder.
 
-    compared: of a sheet, what differs on it; job is then that of its last picture.
+    compared: of a sheet, the LoRAs whose weights differ on it; job then has the others only.
     """
 
     shown: str
@@ -49,7 +49,9 @@ class Outcome:
         """The same for the sheet of all pictures of one seed."""
         job = pictures[-1].job
         path = str(save_sheet(comparison.sheet(pictures), studio.output, job))
-        return Shot(save_file_to_cache(path, self.gallery.GRADIO_CACHE), job, path, comparison.told)
+        others = tuple(lora for i, lora in enumerate(job.loras) if i not in (comparison.first, comparison.second))
+        shown = save_file_to_cache(path, self.gallery.GRADIO_CACHE)
+        return Shot(shown, replace(job, loras=others), path, comparison.told)
 
     def filled(self, shots: Sequence[Shot]) -> dict[Any, Any]:
         """The widgets with these pictures, the first of them looked at."""

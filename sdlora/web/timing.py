@@ -40,7 +40,7 @@ def build() -> Timing:
         )
     said = gr.HTML("", elem_classes="said")
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
-    text.input(shown, text, [start, stop], **quiet)
+    gr.on([text.input, text.blur], shown, text, [start, stop], **quiet)  # pasting is seen when the box is left
     gr.on([start.input, stop.input], _slid, [start, stop], text, **quiet)
     return Timing(text, start, stop, said)
 
