@@ -39,7 +39,8 @@ def base_norms(base: Checkpoint, parameters: Iterable[str], cache: Path | None =
     for parameter in new:
         norms[places[parameter]][parameter] = _norm(base.tensor(parameter))
     if cache and new:
-        _save(cache, known, {_key(header): _entry(header, norms[file]) for file, header in base.files.items()})
+        touched = {_key(header): _entry(header, norms[file]) for file, header in base.files.items() if norms[file]}
+        _save(cache, known, touched)
     return {parameter: norms[file][parameter] for parameter, file in places.items()}
 
 

@@ -1,0 +1,377 @@
+"""Conflicts held against whole deltas in float64, put together by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdlora import toybox
+from sdlora.errors import SdloraError
+from sdlora.formats.architectures import sd1
+from sdlora.formats.architectures import toybox as toybox_architecture
+from sdlora.formats.checkpoints import Checkpoint, open_checkpoint
+from sdlora.formats.write import write
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws import IA3, Delta, Full, LowRank
+from sdlora.workbench.conflicts import Conflicts, conflicts
+from sdlora.workbench.heat_map import (
+    ALIKE,
+    COLUMN,
+    EMPTY,
+    GAP,
+    MARGIN,
+    NAMES,
+    OPPOSED,
+    ROW,
+    heat_map,
+    save_heat_map,
+)
+
+DOWN, MIDDLE, UP = "unet.down_blocks.0.attentions.0", "unet.mid_block.attentions.0", "unet.up_blocks.0.attentions.0"
+QUERY, VALUE = "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_v"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+MODULES = (f"{DOWN}.{QUERY}", f"{DOWN}.{VALUE}", f"{MIDDLE}.{QUERY}", f"{UP}.{VALUE}", TEXT)
+
+
+def low_rank(module: str, seed: int, rank: int = 3, size: float = 1.0) -> LowRank:
+    out, into = toybox_architecture().shapes[module][:2]
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(rank, into, generator=generator) / into**0.5
+    return LowRank(down, torch.randn(out, rank, generator=generator) * size, rank / 2)
+
+
+def scaled(delta: LowRank, factor: float) -> LowRank:
+    return LowRank(delta.down, delta.up * factor, delta.alpha)
+
+
+def saved(path: Path, deltas: dict[str, Any]) -> Path:
+    write(Adapter(deltas), path, overwrite=True)
+    return path
+
+
+def whole(delta: Delta, module: str) -> Tensor:
+    return delta.weight(torch.zeros(toybox_architecture().shapes[module])).double().flatten(1)
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    one, other = (both - both.trace() / len(both) * torch.eye(len(both)) for both in (one, other))
+    return float((one * other).sum() / (one.norm() * other.norm()))
+
+
+@pytest.fixture(scope="module")
+def base() -> Checkpoint:
+    return open_checkpoint(toybox.path())
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[dict[str, LowRank], dict[str, LowRank], list[Path]]:
+    """Two adapters that share some directions, and their files; the second leaves one module alone."""
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
+    second = {
+        module: LowRank(
+            torch.cat([delta.down, low_rank(module, 20 + i).down]),
+            torch.cat([-0.5 * delta.up, low_rank(module, 20 + i).up], 1),
+            3.0,
+        )
+        for i, (module, delta) in enumerate(first.items())
+        if module != f"{DOWN}.{VALUE}"
+    }
+    return first, second, [saved(tmp_path / "A.safetensors", first), saved(tmp_path / "B.safetensors", second)]
+
+
+def test_blocks_are_put_together_as_the_whole_deltas_are(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]],
+) -> None:
+    first, second, files = pair
+    found = conflicts(files).pairs[0]
+    groups = {
+        "IN01": MODULES[:2],
+        "M00": MODULES[2:3],
+        "OUT00": MODULES[3:4],
+        "text_encoder": MODULES[4:],
+        "all": MODULES,
+    }
+    assert [block.name for block in (*found.blocks, found.whole)] == list(groups)
+    for block in (*found.blocks, found.whole):
+        modules = groups[block.name]
+        ones = [whole(first[module], module) for module in modules]
+        others = [
+            whole(second[one], one) if one in second else torch.zeros_like(whole(first[one], one)) for one in modules
+        ]
+        norms = [float(torch.cat([one.flatten() for one in side]).norm()) for side in (ones, others)]
+        assert block.norms == pytest.approx(norms, rel=1e-5) and block.relative == (None, None)
+        inner = sum(float((one * other).sum()) for one, other in zip(ones, others, strict=True))
+        assert block.cosine == pytest.approx(inner / (norms[0] * norms[1]), rel=1e-4)
+        columns = rows = 0.0
+        for one, other in zip(ones, others, strict=True):
+            if other.any():
+                weight = float(one.norm() * other.norm()) / (norms[0] * norms[1])
+                columns += weight * correlation(one @ one.T, other @ other.T)
+                rows += weight * correlation(one.T @ one, other.T @ other)
+        assert (block.columns, block.rows) == pytest.approx((columns, rows), rel=1e-4)
+    assert [component.name for component in found.components] == ["unet", "text_encoder"]
+    squares = [block.norms[0] ** 2 for block in found.blocks[:3]]
+    assert found.components[0].norms[0] == pytest.approx(sum(squares) ** 0.5)
+
+
+def test_sizes_are_told_against_the_parameters_that_are_changed(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]], base: Checkpoint
+) -> None:
+    _, second, files = pair
+    found = conflicts(files, base)
+    assert found.base == base.path
+    for which, modules in enumerate((MODULES, tuple(second))):
+        weights = torch.cat([base.tensor(module).double().flatten() for module in modules])
+        wanted = found.adapters[which].norm / float(weights.norm())
+        assert found.adapters[which].relative == pytest.approx(wanted, rel=1e-6)
+        assert found.pairs[0].whole.relative[which] == pytest.approx(wanted, rel=1e-6)
+    block = found.pairs[0].blocks[0]
+    query = float(base.tensor(MODULES[0]).double().norm())
+    assert block.name == "IN01" and block.relative[1] == pytest.approx(block.norms[1] / query, rel=1e-6)
+
+
+def test_only_what_is_changed_is_read_of_the_base_and_only_once(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]],
+    base: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, second, files = pair
+    cache = tmp_path / "cache" / "norms.json"
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, parameter: read.append(parameter) or tensor(self, parameter))
+    once = saved(tmp_path / "C.safetensors", {module: second[module] for module in MODULES[2:4]})
+    conflicts([once, once], base, cache=cache)
+    assert sorted(read) == sorted(MODULES[2:4])
+    read.clear()
+    first_time = conflicts(files, base, cache=cache)
+    assert sorted(read) == sorted({*MODULES} - {*MODULES[2:4]})
+    read.clear()
+    assert conflicts(files, base, cache=cache).as_dict() == first_time.as_dict()
+    assert not read
+
+
+def test_a_base_that_has_changed_is_read_again(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json"):
+        (model / part).parent.mkdir(parents=True, exist_ok=True)
+        (model / part).write_bytes((toybox.path() / part).read_bytes())
+    cache = tmp_path / "norms.json"
+    before = conflicts(pair[2], open_checkpoint(model), cache=cache)
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    after = conflicts(pair[2], open_checkpoint(model), cache=cache)
+    unet = [found.pairs[0].components[0].relative[0] or 0 for found in (before, after)]
+    assert unet[1] == pytest.approx(unet[0] / 2, rel=1e-4)
+    assert before.pairs[0].components[1].relative == after.pairs[0].components[1].relative
+    cache.write_text('{"format": 1')
+    assert conflicts(pair[2], open_checkpoint(model), cache=cache).as_dict() == after.as_dict()
+    told = json.loads(cache.read_text())
+    told["files"] = {file: {**entry, "norms": {MODULES[0]: "many"}} for file, entry in told["files"].items()}
+    cache.write_text(json.dumps(told))
+    assert conflicts(pair[2], open_checkpoint(model), cache=cache).as_dict() == after.as_dict()
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_at_the_equalised_weights_all_have_one_size(tmp_path: Path, base: Checkpoint, with_base: bool) -> None:
+    model = base if with_base else None
+    sizes = (1.0, 0.2, 5.0)
+    adapters = [{module: low_rank(module, i, size=size) for module in MODULES[i:]} for i, size in enumerate(sizes)]
+    files = [saved(tmp_path / f"{i}.safetensors", dict(deltas)) for i, deltas in enumerate(adapters)]
+    weights = conflicts(files, model).equalised
+    assert weights is not None and torch.tensor(weights).log().sum() == pytest.approx(0, abs=1e-6)
+    for path, deltas, weight in zip(files, adapters, weights, strict=True):
+        saved(path, {module: scaled(delta, weight) for module, delta in deltas.items()})
+    again = conflicts(files, model)
+    assert again.equalised == pytest.approx((1, 1, 1), rel=1e-4)
+    equal = [one.relative if with_base else one.norm for one in again.adapters]
+    assert equal == pytest.approx([equal[0]] * 3, rel=1e-4)
+
+
+def told(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], base: Checkpoint | None = None) -> Conflicts:
+    return conflicts([saved(tmp_path / "A.safetensors", first), saved(tmp_path / "B.safetensors", second)], base)
+
+
+def test_advice_names_the_blocks_that_are_against_each_other(tmp_path: Path) -> None:
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
+    second = {module: low_rank(module, 40 + i) for i, module in enumerate(MODULES)}
+    second[MODULES[2]], second[MODULES[3]] = (scaled(first[module], -1) for module in MODULES[2:4])
+    advice = told(tmp_path, first, second).pairs[0].advice
+    assert advice == (
+        "A and B change the same directions in M00, OUT00 with opposite sign (cosine -1.00): "
+        "lower one there, or use switch or composite"
+    )
+
+
+def test_advice_makes_neighbours_a_range(tmp_path: Path) -> None:
+    modules = [f"unet.up_blocks.{i}.attentions.{j}.{QUERY}" for i in (0, 1) for j in (0, 1)]
+    first = {module: low_rank(module, i) for i, module in enumerate(modules)}
+    second = {module: scaled(delta, 0.8 if i < 3 else 0.01) for i, (module, delta) in enumerate(first.items())}
+    second[modules[3]] = low_rank(modules[3], 9)
+    advice = told(tmp_path, first, second).pairs[0].advice
+    assert "push the same way in OUT00 to OUT03 (cosine 1.00)" in advice
+
+
+def test_advice_tells_what_is_nearly_one_what_drowns_and_what_hardly_touches(tmp_path: Path) -> None:
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
+    other = {module: low_rank(module, 40 + i) for i, module in enumerate(MODULES)}
+    assert told(tmp_path, first, other).pairs[0].advice == "A and B hardly touch: mix freely"
+    large = {module: scaled(delta, 5.0) for module, delta in first.items()}
+    advice = told(tmp_path, first, large).pairs[0].advice
+    assert "nearly the same change (cosine 1.00)" in advice and "B is 5 times as large as A" in advice
+    advice = told(tmp_path, {MODULES[0]: first[MODULES[0]]}, {TEXT: first[TEXT]}).pairs[0].advice
+    assert advice == "A and B change different blocks: mix freely"
+    nothing = {module: scaled(delta, 0.0) for module, delta in first.items()}
+    found = told(tmp_path, first, nothing)
+    assert found.pairs[0].advice == "nothing to compare: B changes nothing that can be measured"
+    assert found.equalised is None and found.why_not == "B changes nothing"
+
+
+def test_advice_tells_of_directions_that_are_shared_without_a_sign(tmp_path: Path) -> None:
+    module = MODULES[0]
+    one = low_rank(module, 0, rank=2)
+    turned = LowRank(one.down, torch.stack([one.up[:, 1], -one.up[:, 0]], 1), one.alpha)
+    found = told(tmp_path, {module: one}, {module: turned}).pairs[0]
+    assert abs(found.whole.cosine or 0) < 0.2 and (found.whole.columns or 0) > 0.9 < (found.whole.rows or 0)
+    assert "work on the same directions in IN01" in found.advice
+
+
+def test_the_same_file_twice_is_said(pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]]) -> None:
+    found = conflicts([pair[2][0], pair[2][0]])
+    assert [one.label for one in found.adapters] == ["A (1)", "A (2)"]
+    assert "are the same file" in found.pairs[0].advice
+    assert found.pairs[0].whole.cosine == pytest.approx(1) and found.equalised == pytest.approx((1, 1))
+
+
+def test_names_that_are_alike_get_their_folder_and_long_ones_lose_their_middle(tmp_path: Path) -> None:
+    files = []
+    for place in ("one/style", "two/style", f"two/{'x' * 90}-end"):
+        path = tmp_path / f"{place}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        files.append(saved(path, {TEXT: low_rank(TEXT, len(files))}))
+    labels = [one.label for one in conflicts(files).adapters]
+    assert labels[:2] == ["one/style", "two/style"] and labels[2].endswith("x-end") and len(labels[2]) <= 40
+
+
+def test_three_are_compared_two_by_two(tmp_path: Path) -> None:
+    files = [saved(tmp_path / f"{i}.safetensors", {TEXT: low_rank(TEXT, i)}) for i in range(3)]
+    assert [(pair.first, pair.second) for pair in conflicts(files).pairs] == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_the_closest_is_the_parameter_of_the_largest_inner_product(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]],
+) -> None:
+    first, second, files = pair
+    closest = conflicts(files).pairs[0].closest
+    assert closest is not None
+    inner = {
+        module: abs(float((whole(first[module], module) * whole(second[module], module)).sum())) for module in second
+    }
+    assert closest.parameter == max(inner, key=inner.__getitem__)
+    columns = [torch.linalg.qr(deltas[closest.parameter].up.double()).Q for deltas in (first, second)]
+    cosines = torch.linalg.svdvals(columns[0].T @ columns[1]).clamp(max=1)
+    assert len(closest.columns) == 3
+    assert closest.columns == pytest.approx(torch.rad2deg(torch.acos(cosines)).tolist(), abs=0.1)
+
+
+def test_biases_and_norms_have_a_size_and_a_cosine_and_no_overlap(tmp_path: Path) -> None:
+    norm = f"{DOWN}.norm"
+    width = toybox_architecture().norms[norm][0]
+    one, other = torch.ones(width), torch.ones(width)
+    other[: width // 2] = -1 / 3
+    found = told(tmp_path, {norm: Full(one)}, {norm: Full(other)}).pairs[0]
+    assert found.whole.cosine == pytest.approx(float(one @ other / (one.norm() * other.norm())))
+    assert found.whole.columns is None and found.whole.rows is None and found.closest is None
+
+
+def test_what_depends_on_the_base_is_named_where_there_is_none(tmp_path: Path, base: Checkpoint) -> None:
+    width = toybox_architecture().shapes[MODULES[0]][0]
+    scaling = IA3(torch.linspace(-0.5, 0.5, width), False)
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
+    second = {MODULES[0]: scaling, TEXT: low_rank(TEXT, 9)}
+    found = told(tmp_path, first, second)
+    assert list(found.adapters[1].unmeasured) == [MODULES[0]] and not found.adapters[0].unmeasured
+    assert "--base" in found.adapters[1].unmeasured[MODULES[0]]
+    assert found.equalised is None and "--base" in found.why_not
+    assert found.pairs[0].advice.endswith("1 of their changes could not be measured")
+    only = found.pairs[0]
+    assert only.whole.norms[1] == pytest.approx(float(whole(second[TEXT], TEXT).norm()), rel=1e-4)  # type: ignore[arg-type]
+    found = told(tmp_path, first, second, base)
+    weight = base.tensor(MODULES[0]).double()
+    change = weight * scaling.vector.double()[:, None]
+    delta = whole(first[MODULES[0]], MODULES[0])
+    block = found.pairs[0].blocks[0]
+    assert not found.adapters[1].unmeasured and found.equalised is not None
+    assert block.norms[1] == pytest.approx(float(change.norm()), rel=1e-5)
+    inner = float((delta * change).sum())
+    assert block.cosine == pytest.approx(inner / (block.norms[0] * block.norms[1]), rel=1e-3)
+
+
+def test_loras_of_two_architectures_are_refused_with_the_evidence(tmp_path: Path) -> None:
+    small = saved(tmp_path / "small.safetensors", {module: low_rank(module, i) for i, module in enumerate(MODULES)})
+    key = f"{DOWN}.{VALUE}"
+    out, into = sd1().shapes[key]
+    other = saved(tmp_path / "large.safetensors", {key: LowRank(torch.ones(2, into), torch.ones(out, 2), 2.0)})
+    with pytest.raises(
+        SdloraError, match=r"small\.safetensors is for toybox .*large\.safetensors is for SD 1\.x \(.*768"
+    ):
+        conflicts([small, other])
+    with pytest.raises(SdloraError, match="two files or more"):
+        conflicts([small])
+
+
+def test_with_partial_what_fits_of_another_model_is_compared(tmp_path: Path) -> None:
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
+    small = saved(tmp_path / "small.safetensors", first)
+    foreign = {f"unet.down_blocks.{i}.attentions.{j}.{VALUE}": None for i in (0, 1, 2) for j in (0, 1)}
+    deltas: dict[str, Any] = {
+        key: LowRank(torch.ones(2, sd1().shapes[key][1]), torch.ones(sd1().shapes[key][0], 2), 2.0) for key in foreign
+    }
+    other = saved(tmp_path / "other.safetensors", {**deltas, MODULES[0]: first[MODULES[0]]})
+    with pytest.raises(SdloraError):
+        conflicts([small, other])
+    found = conflicts([small, other], partial=True)
+    assert found.pairs[0].blocks[0].cosine is not None and found.adapters[1].receipt.misfit
+
+
+def pixel(image: Image.Image, row: int, column: int, rows: int) -> Any:
+    """Near the left edge of a cell, counted from the last row of the only panel."""
+    bottom = image.height - MARGIN - 2 * ROW - (GAP if row < rows - 1 else 0)
+    return image.getpixel((MARGIN + NAMES + column * COLUMN + 4, bottom - (rows - row) * ROW + ROW // 2))
+
+
+def test_the_picture_shows_what_is_against_each_other_in_red(tmp_path: Path) -> None:
+    first = {module: low_rank(module, i) for i, module in enumerate(MODULES[1:4])}
+    second = {MODULES[1]: scaled(first[MODULES[1]], 0.5), MODULES[2]: scaled(first[MODULES[2]], -1)}
+    found = told(tmp_path, first, second)
+    image = heat_map(found)
+    assert pixel(image, 0, 2, 4) == ALIKE and pixel(image, 1, 2, 4) == OPPOSED
+    assert pixel(image, 2, 1, 4) == pixel(image, 2, 2, 4) == EMPTY  # B does not change OUT00
+    large, small = (sum(pixel(image, 0, column, 4)) for column in (0, 1))
+    assert large < small < 3 * 255  # darker is larger
+    save_heat_map(found, tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as written:
+        assert written.format == "PNG" and written.size == image.size
+    with pytest.raises(SdloraError, match="--overwrite"):
+        save_heat_map(found, tmp_path / "map.png")
+    save_heat_map(found, tmp_path / "map.png", overwrite=True)
+
+
+def test_the_picture_has_a_panel_for_each_pair(tmp_path: Path) -> None:
+    files = [saved(tmp_path / f"{i}.safetensors", {TEXT: low_rank(TEXT, i)}) for i in range(4)]
+    one, six = heat_map(conflicts(files[:2])), heat_map(conflicts(files))
+    assert six.width > 2.5 * one.width and six.height > 1.5 * one.height
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(
+    pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]], base: Checkpoint
+) -> None:
+    assert conflicts(pair[2], base, cache=pair[2][0] / "norms.json").equalised
