@@ -11,7 +11,7 @@ import gradio as gr
 from sdlora.generation.job import SCHEDULERS, Job, parse_size
 from sdlora.generation.prompts.tags import resolved
 from sdlora.generation.render import Picture, render
-from sdlora.web import compare, markup, outcome, rack
+from sdlora.web import compare, equalise, markup, outcome, rack
 from sdlora.web.outcome import KEPT, Outcome, Shot
 from sdlora.web.rack import QUIET
 from sdlora.web.studio import Studio
@@ -98,6 +98,7 @@ def _form(studio: Studio) -> tuple[Form, Buttons, gr.HTML]:
     model = gr.Dropdown(list(studio.models), value=studio.models[0], label="Model", render=False)
     gr.HTML('<h2 class="section">LoRAs</h2>')
     shelf = rack.build(studio, model)
+    equalise.build(shelf)
     side_by_side = compare.build(shelf)
     gr.HTML('<h2 class="section">Settings</h2>')
     with gr.Group():

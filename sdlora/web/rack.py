@@ -29,7 +29,10 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 @dataclass(frozen=True, eq=False)
 class Rack:
-    """All rows. Those that are not shown hold no LoRA; shown: the indices of those that are."""
+    """All rows. Those that are not shown hold no LoRA; shown: the indices of those that are.
+
+    offer: the place under the rows for what comes of `equalise`.
+    """
 
     studio: Studio
     model: gr.Dropdown
@@ -38,6 +41,8 @@ class Rack:
     add: gr.Button
     refresh: gr.Button
     upload: gr.UploadButton
+    equalise: gr.Button
+    offer: gr.Column
     compose: gr.Radio
     switch_every: gr.Slider
 
@@ -69,14 +74,16 @@ def build(studio: Studio, model: gr.Dropdown) -> Rack:
         add = gr.Button("Add a LoRA", size="sm", min_width=80, elem_id="add-lora")
         upload = gr.UploadButton("Upload", size="sm", min_width=80, file_types=[".safetensors"], elem_id="upload-lora")
         refresh = gr.Button("Refresh list", size="sm", min_width=80, elem_id="refresh")
-    with gr.Group(elem_classes="together"):
+        equalise = gr.Button("Equalise", size="sm", min_width=80, elem_id="equalise")
+    offer = gr.Column(visible=False, elem_classes="offer", elem_id="offer")
+    with gr.Group():
         compose = gr.Radio(
             list(TOGETHER), value="sum", label="How they come together", info=TOGETHER["sum"], elem_id="compose"
         )
         switch_every = gr.Slider(
             1, 20, value=1, step=1, label="steps each", buttons=[], visible=False, elem_id="switch-every"
         )
-    rack = Rack(studio, model, rows, gr.State((0,)), add, refresh, upload, compose, switch_every)
+    rack = Rack(studio, model, rows, gr.State((0,)), add, refresh, upload, equalise, offer, compose, switch_every)
     _wire(rack)
     for row in rows:
         _wire_row(rack, row)
