@@ -40,7 +40,7 @@ DEEPEST = 100  # of brackets in one another; what is deeper weighs no more: 1.1 
 
 _AND = re.compile(r"\bAND\b")
 _AND_WEIGHT = re.compile(r"\s*[-+]?(?:\d+\.?|\d*\.\d+)")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _UNIT = re.compile(r"[^\\\[\]():|]+|\\.|[\[\]():|]")  # a run of text, an escaped character, or a sign of the grammar
 _WHEN = re.compile(r"\s*([-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 _EMPHASIS = re.compile(
@@ -251,13 +251,21 @@ def pieces_of(text: str) -> tuple[Piece, ...]:
         elif sign == "]" and opened["["]:
             close("[", 1 / 1.1)
         else:
-            first, *others = [escaped] if escaped is not None else _BREAK.split(sign)
-            texts += [first, *(part for other in others for part in (None, other))]
+            texts += [escaped] if escaped is not None else _with_breaks(sign)
             weights += [1.0] * (len(texts) - len(weights))
     for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
         while opened[bracket]:
             close(bracket, factor)
     return _merged(texts, weights)
+
+
+def _with_breaks(text: str) -> list[str | None]:
+    """The text, and for each BREAK in it None; spaces beside those go."""
+    first, *others = _BREAK.split(text)
+    found: list[str | None] = [first]
+    for other in others:
+        found[-1:] = [(found[-1] or "").rstrip(), None, other.lstrip()]
+    return found
 
 
 def _merged(texts: Sequence[str | None], weights: Sequence[float]) -> tuple[Piece, ...]:

@@ -152,9 +152,7 @@ def _finder(library: Mapping[str, Path]) -> Callable[[Tag], Path]:
                 raise SdloraError(f"{tag}: the name may be {' or '.join(sorted(alike))}; write it with its capitals")
             if alike:
                 return library[alike[0]]
-        raise SdloraError(
-            f"{tag}: there is no LoRA named {_short(tag.name)!r}{nearest(tag.name, library)} in the library"
-        )
+        raise SdloraError(f"{tag}: the library has no LoRA {_short(tag.name)!r}{nearest(tag.name, library)}")
 
     return find
 
@@ -222,9 +220,7 @@ def _schedule(tag: Tag, named: Mapping[str, str], steps: int) -> Schedule:
 def _step(tag: Tag, text: str, default: int) -> int:
     whole = _STEP.fullmatch(text)
     if text and not whole:
-        raise SdloraError(
-            f'{tag}: {_short(text)!r} is no step; write a whole number, or a share as in schedule="0.2-0.8"'
-        )
+        raise SdloraError(f"{tag}: {_short(text)!r} is no step; write a whole number, or shares as in schedule=0.2-0.8")
     return int(whole[1]) if whole else default
 
 
