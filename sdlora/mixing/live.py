@@ -8,7 +8,8 @@ weight * (W' - W0): those are written out once and stacked.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log2
+from functools import partial
+from math import log2, prod
 from typing import Any, Protocol
 
 import torch
@@ -111,8 +112,7 @@ class _Weights:
         times = 1 if len(picked) == 1 else _multiple(like.shape[0], len(picked))
         key = (slots, times, like.dtype, like.device)
         if key not in self._gathered:
-            with torch.inference_mode(False), torch.no_grad():
-                self._gathered[key] = picked.repeat(times, 1).to(like.device, like.dtype)
+            self._gathered[key] = _sent(picked, times, like)
         return self._gathered[key]
 
     def _pick(self, slots: Slots) -> Tensor | None:
@@ -122,6 +122,14 @@ class _Weights:
         if not picked.any():
             return None
         return picked[:1] if (picked == picked[:1]).all() else picked
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sent(picked: Tensor, times: int, like: Tensor) -> Tensor:
+    """The rows so many times, on the device and in the dtype of `like`, without waiting for what the device does."""
+    values = picked.repeat(times, 1).to(like.dtype)
+    return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
 
 
 def _multiple(batch: int, rows: int) -> int:
@@ -191,14 +199,19 @@ class _Ranks:
 
     def __init__(self, deltas: Sequence[LowRank], slots: Slots, shape: Sequence[int]) -> None:
         self.slots = tuple(slot for delta, slot in zip(deltas, slots, strict=True) for _ in range(delta.rank))
-        self._factors = _Made(lambda: _side_by_side(deltas, shape))
-        self._folded: tuple[Tensor, Tensor] | None = None  # weights, and the up that has them in it
+        self._factors = _Made(partial(_side_by_side, deltas, shape))
+        self._many = len(self.slots) * (shape[0] + prod(shape[1:])) > prod(shape)  # numbers, than one whole change has
+        self._folded: tuple[Tensor, Tensor] | None = None  # weights, and what has them in it
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
         down, up = self._factors.like(y)
+        one = len(weights) == 1
+        if one and self._many:
+            _add_change(module, x, y, self._with(weights, down, up))
+            return
         h = _applied(module, x, down)
-        if len(weights) == 1:
-            up = self._weighted(up, weights)
+        if one:
+            up = self._with(weights, down, up)
         else:
             h.mul_(_along(module, weights, h))
         if isinstance(module, nn.Linear):
@@ -210,10 +223,14 @@ class _Ranks:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _weighted(self, up: Tensor, weights: Tensor) -> Tensor:
-        """One weight a rank goes into up, once for as long as the weights stay, and then costs a step nothing."""
+    def _with(self, weights: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """One weight a rank goes into up, once for as long as the weights stay, and then costs a step nothing.
+
+        Where the ranks are many, it is the whole change, which is smaller than its factors and quicker to apply.
+        """
         if self._folded is None or self._folded[0] is not weights:
-            self._folded = weights, up * weights
+            folded = up * weights
+            self._folded = weights, (folded @ down.flatten(1)).view(-1, *down.shape[1:]) if self._many else folded
         return self._folded[1]
 
 
@@ -231,10 +248,8 @@ class _Whole:
             y.add_((each * weights[..., None, None, None]).sum(1))
             return
         mixed = (weights @ changes.flatten(1)).view(-1, *changes.shape[1:])  # (1 or batch, out, in[, kh, kw])
-        if isinstance(module, nn.Conv2d):
-            y.add_(_applied(module, x, mixed[0]))
-        elif len(mixed) == 1:
-            _add_product(y, x, mixed[0])
+        if len(mixed) == 1:
+            _add_change(module, x, y, mixed[0])
         else:
             y.view(len(y), -1, y.shape[-1]).baddbmm_(x.reshape(len(x), -1, x.shape[-1]), mixed.mT)
 
@@ -275,6 +290,14 @@ def _applied(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return module._conv_forward(x, weight, None)
 
 
+def _add_change(module: Any, x: Tensor, y: Tensor, change: Tensor) -> None:
+    """Add to y what a change of the module's weight, in its shape, makes of x."""
+    if isinstance(module, nn.Linear):
+        _add_product(y, x, change)
+    else:
+        y.add_(_applied(module, x, change))
+
+
 def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
     """y (..., out) += x (..., in) @ weight (out, in)^T, in one pass."""
     y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
@@ -302,11 +325,11 @@ def _parts(module: Any, path: str, terms: Mapping[str, Slotted], base: Base) -> 
     if others:
         deltas, slots = zip(*others, strict=True)
         kind = _Whole if len(shape) > 1 else _Norms
-        yield kind(lambda: _stacked(deltas, path, shape, base), slots)
+        yield kind(partial(_stacked, deltas, path, shape, base), slots)
     biases = _flat(terms.get(f"{path}.bias", ()))
     if biases:
-        changes, bias_slots = zip(*biases, strict=True)
-        yield _Biases(lambda: _stacked(changes, f"{path}.bias", shape[:1], base), bias_slots)
+        deltas, slots = zip(*biases, strict=True)
+        yield _Biases(partial(_stacked, deltas, f"{path}.bias", shape[:1], base), slots)
 
 
 def _flat(terms: Slotted) -> Slotted:
