@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sdlora.errors import SdloraError
 from sdlora.generation.job import Job, LoraWeight
 from sdlora.generation.open import open_mixer
 from sdlora.generation.render import Picture, render
+from sdlora.generation.sheet import sheet
 from sdlora.mixing.mixer import Mixer
 from sdlora.training.config import TrainConfig
 from sdlora.training.run import run_training
@@ -31,7 +32,6 @@ STYLE = Lesson("blueprint", 500, 1.5e-3, 5e-4)
 CHARACTER = Lesson("zib", 1100, 1.1e-3, 2e-3)
 BLEND = (1.0, 1.0)  # weights of style and character at which both show
 LADDER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-SIZE, GAP, HEAD = 128, 6, 22  # pixels of a picture, between pictures, of a line of text
 SEED = 7
 GUIDANCE_SCALE = 3.0  # of toybox with LoRAs; more makes its flat colours glare
 
@@ -60,9 +60,9 @@ def run_demo(datasets: Path, output: Path) -> Path:
     )
     mixer = open_mixer("toybox")
     rows = [_painted(mixer, loras, row) for row in ROWS]
-    sheet = output / "sheet.png"
-    _sheet(rows).save(sheet)
-    return sheet
+    path = output / "sheet.png"
+    sheet(rows).save(path)
+    return path
 
 
 def train(lesson: Lesson, datasets: Path, output: Path) -> Path:
@@ -102,19 +102,3 @@ def _picture(mixer: Mixer, prompt: str, loras: tuple[Path, Path], weights: Weigh
     ]
     job = Job(prompt=prompt, loras=tuple(held), guidance_scale=GUIDANCE_SCALE, seed=SEED)
     return next(event.image for event in render(mixer, job) if isinstance(event, Picture))
-
-
-def _sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> Image.Image:
-    """A line with the prompt, then its pictures side by side under their labels, row by row."""
-    widest = max(len(cells) for _, cells in rows)
-    height = GAP + len(rows) * (2 * HEAD + SIZE + GAP)
-    sheet = Image.new("RGB", (GAP + widest * (SIZE + GAP), height), "white")
-    draw, bold, plain = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
-    for i, (prompt, cells) in enumerate(rows):
-        top = GAP + i * (2 * HEAD + SIZE + GAP)
-        draw.text((GAP, top + 3), prompt, "black", bold)
-        for j, (label, image) in enumerate(cells):
-            left = GAP + j * (SIZE + GAP)
-            draw.text((left, top + HEAD + 4), label, "dimgray", plain)
-            sheet.paste(image, (left, top + 2 * HEAD))
-    return sheet

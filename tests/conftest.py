@@ -1,11 +1,14 @@
 """What several tests share."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+# Small models gain nothing from a second thread, and lose much to it where something else runs too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for tools.toybox, which is not part of the package
 
 from sdlora.lowrank.adapter import Adapter  # noqa: E402

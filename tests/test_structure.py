@@ -40,10 +40,12 @@ WITHOUT_TORCH = (
     "sdlora",
     "sdlora.errors",
     "sdlora.formats.architectures",
+    "sdlora.formats.block_weights",
     "sdlora.formats.library",
     "sdlora.formats.read",
     "sdlora.generation.job",
     "sdlora.lowrank.laws",
+    "sdlora.mixing.plan",
     "sdlora.training.config",
 )
 LONGEST_FUNCTION = 60

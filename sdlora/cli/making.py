@@ -1,6 +1,5 @@
 """The verbs that make LoRAs and pictures: train, generate, app and demo."""
 
-import sys
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -8,6 +7,7 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import Parameter
 
 from sdlora.cli.flags import Whole, flag, whole
+from sdlora.errors import SdloraError
 from sdlora.generation.job import SCHEDULERS, Job, parse_lora, parse_size
 from sdlora.training.config import TrainConfig, load
 
@@ -55,6 +55,11 @@ class GenerateFlags:
 
     prompt: str = field(metadata={"help": "what to paint"})
     lora: list[str] | None = flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
+    library: list[str] | None = flag(None, "folder with the LoRAs that tags in the prompt name [default: outputs]")
+    compose: str = flag("sum", "how several LoRAs come together: sum, switch (in turns) or composite (mean)")
+    switch_every: Whole = flag(1, "with --compose switch: steps after which the next LoRA has its turn")
+    ladder: str | None = flag(None, "weights of the first --lora, a picture each, such as 0,0.25,0.5; a sheet of all")
+    grid: str | None = flag(None, "weights of the second --lora, one row of the sheet each; with --ladder")
     partial: bool = flag(False, "take what fits of LoRAs that are for another model or not whole")
     negative_prompt: str = flag("", "what not to paint")
     model: str = flag("toybox", "base model: toybox, a diffusers folder, a .safetensors file or a hub id")
@@ -74,6 +79,8 @@ class GenerateFlags:
             negative_prompt=self.negative_prompt,
             model=self.model,
             loras=tuple(map(parse_lora, self.lora or ())),
+            compose=self.compose,
+            switch_every=self.switch_every,
             partial=self.partial,
             seed=self.seed,
             steps=self.steps,
@@ -84,6 +91,28 @@ class GenerateFlags:
             count=self.count,
         )
 
+    def cells(self, job: Job) -> tuple[Job, ...]:
+        """The job, or those of its ladder or grid."""
+        from sdlora.generation.composition import grid, ladder
+
+        if self.ladder is None:
+            if self.grid:
+                raise SdloraError("--grid has no --ladder; give the weights of the first LoRA with --ladder")
+            return (job,)
+        axes = 2 if self.grid else 1
+        if len(job.loras) < axes or job.count > 1:
+            told = f"{axes} LoRAs" if axes > 1 else "a LoRA"
+            raise SdloraError(f"a {'grid' if self.grid else 'ladder'} wants {told} (--lora) and a count of 1")
+        weights = _numbers(self.ladder)
+        return grid(job, 0, weights, 1, _numbers(self.grid)) if self.grid else ladder(job, 0, weights)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise SdloraError(f"{text!r} are no weights; write them with commas, such as 0,0.25,0.5") from None
+
 
 def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     """Make pictures from a prompt and any mix of LoRAs. The PNGs carry all settings."""
@@ -91,25 +120,32 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     from tqdm import tqdm
 
     from sdlora.generation.open import open_mixer
-    from sdlora.generation.png import check_folder, save
-    from sdlora.generation.render import Picture, adapter_name, hold, render
+    from sdlora.generation.png import check_folder, save, save_sheet
+    from sdlora.generation.prompts.tags import names_of, resolved
+    from sdlora.generation.render import Picture, hold, render
+    from sdlora.generation.sheet import compared
 
     check_folder(flags.output)
+    job = resolved(job, names_of([Path(folder) for folder in flags.library or ["outputs"]]))
+    jobs = flags.cells(job)
     mixer = open_mixer(job.model)
-    hold(mixer, job)
+    hold(mixer, jobs[:1])
     for lora in job.loras:
-        print(mixer.load(lora.path, adapter_name(lora), job.partial).summary())
-    notes: tuple[str, ...] = ()
+        receipt = mixer.receipt(lora.path)
+        print(receipt.summary() if receipt else lora.path)
+    pictures = []
     with tqdm(unit="step", leave=False, disable=None) as bar:
-        for event in render(mixer, job):
+        for event in render(mixer, *jobs):
             if isinstance(event, Picture):
+                pictures.append(event)
                 tqdm.write(str(save(event, flags.output)))
-                notes = event.notes
             else:
-                bar.total = job.count * event.steps
-                bar.update(event.picture * event.steps + event.step - bar.n)
-    for note in notes:
-        print("note:", note, file=sys.stderr)
+                bar.total = job.count * len(jobs) * event.steps
+                bar.update(event.picture * event.steps + event.together * event.step - bar.n)
+    if flags.ladder:
+        columns, second = len(_numbers(flags.ladder)), 1 if flags.grid else -1
+        image = compared([(picture.job, picture.image) for picture in pictures], columns, 0, second)
+        print(save_sheet(image, flags.output, job))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """A job: one request for pictures, an immutable value. Rendering is a function of it, and every picture carries it."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from sdlora.errors import SdloraError, nearest
+from sdlora.formats.block_weights import read_factors
+from sdlora.mixing.plan import LoraWeight, Plan
+from sdlora.mixing.schedule import parse_schedule
 
 # Name ▶ (diffusers class, settings over the model's own, the name A1111 shows). "default" is the model's own scheduler.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -19,24 +23,17 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraWeight:
-    """A LoRA file and its weights. sha256 is filled in when the file is read."""
-
-    path: str
-    unet: float = 1.0
-    text_encoder: float = 1.0
-    sha256: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("unet", "text_encoder"):
-            _check_number(f"weight of {self.path} ({name})", getattr(self, name), -math.inf, math.inf)
+# How several LoRAs come together. sum: all in each step; switch: one after the other; composite: each by itself in each
+# step, and the mean of what they predict (the last two: LoRA Switch and LoRA Composite, arXiv:2402.16843).
+COMPOSITIONS = ("sum", "switch", "composite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What to generate. Values out of bounds raise SdloraError.
 
+    prompt, negative_prompt: in the language of docs/prompts.md, LoRA tags aside, which stand in `loras`;
+    compose: one of COMPOSITIONS; switch_every: steps after which "switch" goes on to the next LoRA;
     partial: take what fits of LoRAs that are for another model or not whole;
     width, height: pixels, None for the model's own size; guidance_scale 1 means no guidance;
     picture i of `count` has the seed seed + i and does not depend on count.
@@ -46,6 +43,8 @@ class Job:
     negative_prompt: str = ""
     model: str = "toybox"
     loras: tuple[LoraWeight, ...] = ()
+    compose: str = "sum"
+    switch_every: int = 1
     partial: bool = False
     seed: int = 0
     steps: int = 20
@@ -71,9 +70,17 @@ class Job:
                 _check_number(name, value, 8, 4096, whole=True)
                 if value % 8:
                     raise SdloraError(f"{name} is {value}; it must be a multiple of 8, such as {round(value / 8) * 8}")
+        _check_number("switch_every", self.switch_every, 1, 1000, whole=True)
+        if self.compose not in COMPOSITIONS:
+            raise SdloraError(f"compose {self.compose!r} is unknown; choose one of {', '.join(COMPOSITIONS)}")
         if self.scheduler not in ("default", *SCHEDULERS):
             names = ", ".join(("default", *SCHEDULERS))
             raise SdloraError(f"scheduler {self.scheduler!r} is unknown{nearest(self.scheduler, SCHEDULERS)}: {names}")
+
+    @property
+    def plan(self) -> Plan:
+        """What is mixed into the base."""
+        return Plan(self.model, self.loras)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -84,22 +91,45 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+NAMED = ("unet", "te", "te2", "blocks", "schedule")
+
+
 def parse_lora(text: str) -> LoraWeight:
-    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER. Colons may stand in the file's name, which ends in .safetensors."""
+    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that, in any order, unet=, te=, te2=, blocks=, schedule=.
+
+    Colons may stand in the file's name, which ends in .safetensors.
+    """
     cut = text.lower().rfind(".safetensors")
     path, rest = (text, "") if cut < 0 else (text[: cut + 12], text[cut + 12 :])
     if cut < 0 and ":" in text:
         path, _, rest = text.partition(":")
         rest = f":{rest}"
-    weights = rest.split(":")[1:]
-    try:
-        values = [float(weight) for weight in weights]
-    except ValueError:
-        raise SdloraError(f"--lora {text}: {rest[1:]!r} is no weight; write FILE:0.8 or FILE:0.8:0.5") from None
-    if len(values) > 2 or (rest and not rest.startswith(":")):
+    bare, *named = re.split(r":(?=[a-z_0-9]+=)", rest)
+    if len(bare.split(":")) > 3 or (rest and not rest.startswith(":")):
         raise SdloraError(f"--lora {text} is not understood; write FILE:0.8 or FILE:0.8:0.5 (UNet, text encoder)")
+    values = [_weight(text, value) for value in bare.split(":")[1:]]
     unet = values[0] if values else 1.0
-    return LoraWeight(path=path, unet=unet, text_encoder=values[1] if len(values) > 1 else unet)
+    settings: dict[str, Any] = {"unet": unet, "text_encoder": values[1] if len(values) > 1 else unet}
+    for name, _, value in (one.partition("=") for one in named):
+        settings |= _setting(text, name, value)
+    return LoraWeight(path=path, **settings)
+
+
+def _setting(text: str, name: str, value: str) -> dict[str, Any]:
+    if name == "blocks":
+        return {name: read_factors(value)}
+    if name == "schedule":
+        return {name: parse_schedule(value)}
+    if name not in NAMED:
+        raise SdloraError(f"--lora {text}: {name}= is unknown{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
+    return {name.replace("te", "text_encoder").replace("encoder2", "encoder_2"): _weight(text, value)}
+
+
+def _weight(text: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise SdloraError(f"--lora {text}: {value!r} is no weight; write FILE:0.8 or FILE:0.8:0.5") from None
 
 
 def _check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:

@@ -12,5 +12,5 @@ def open_mixer(model: str) -> Mixer:
     SdloraError: there is no such model, or it lacks a part.
     """
     if torch.cuda.is_available():
-        return Mixer(load_pipeline(model, dtype=torch.float16, device="cuda"))
-    return Mixer(load_pipeline(model))
+        return Mixer(load_pipeline(model, dtype=torch.float16, device="cuda"), model)
+    return Mixer(load_pipeline(model), model)

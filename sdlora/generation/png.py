@@ -12,8 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 import sdlora
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
-from sdlora.generation.job import SCHEDULERS, Job, LoraWeight
+from sdlora.generation.job import SCHEDULERS, Job
+from sdlora.generation.prompts.tags import tag_of
 from sdlora.generation.render import Picture
+from sdlora.mixing.plan import as_dict, from_dict
 
 CHUNK = "sdlora"
 
@@ -21,14 +23,24 @@ CHUNK = "sdlora"
 def save(picture: Picture, folder: Path) -> Path:
     """Write the picture as a PNG of a new name, counted up from those in the folder; never over another file."""
     text = PngInfo()
-    text.add_text(CHUNK, json.dumps({"version": sdlora.__version__, "job": asdict(picture.job)}))
+    told = {**asdict(picture.job), "loras": [as_dict(lora) for lora in picture.job.loras]}
+    text.add_text(CHUNK, json.dumps({"version": sdlora.__version__, "job": told}))
     text.add_itxt("parameters", parameters(picture.job))
+    return _written(picture.image, folder, f"seed{picture.job.seed}-{_words(picture.job.prompt)}", text)
+
+
+def save_sheet(image: Image.Image, folder: Path, job: Job) -> Path:
+    """Write a sheet of pictures, which carries no job of its own; job: one of theirs."""
+    return _written(image, folder, f"sheet-seed{job.seed}-{_words(job.prompt)}", PngInfo())
+
+
+def _written(image: Image.Image, folder: Path, name: str, text: PngInfo) -> Path:
     check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = _reserve(folder, picture.job)
+        path = _reserve(folder, name)
         try:
-            replace_file(path, lambda partial: picture.image.save(partial, "PNG", pnginfo=text))
+            replace_file(path, lambda partial: image.save(partial, "PNG", pnginfo=text))
         except OSError:
             path.unlink(missing_ok=True)
             raise
@@ -48,7 +60,7 @@ def read_job(path: Path) -> Job:
     try:
         with Image.open(path) as image:
             told = json.loads(image.info[CHUNK])["job"]
-        return Job(**{**told, "loras": tuple(LoraWeight(**lora) for lora in told["loras"])})
+        return Job(**{**told, "loras": tuple(map(from_dict, told["loras"]))})
     except (OSError, UnidentifiedImageError) as error:
         raise SdloraError(f"{path} is no readable picture; give a PNG that sdlora made") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -57,8 +69,7 @@ def read_job(path: Path) -> Job:
 
 def parameters(job: Job) -> str:
     """The job in the form A1111 writes and reads ("infotext")."""
-    loras = "".join(f" <lora:{Path(lora.path).stem}:{lora.text_encoder:g}:{lora.unet:g}>" for lora in job.loras)
-    lines = [job.prompt + loras]
+    lines = [" ".join([job.prompt, *(tag_of(lora, job.steps) for lora in job.loras if lora.on)])]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
     sampler = SCHEDULERS[job.scheduler][2] if job.scheduler in SCHEDULERS else "Automatic"
@@ -77,12 +88,15 @@ def parameters(job: Job) -> str:
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in fields.items())])
 
 
-def _reserve(folder: Path, job: Job) -> Path:
+def _words(prompt: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40].strip("-") or "picture"
+
+
+def _reserve(folder: Path, name: str) -> Path:
     """An empty file of a name that nobody else has: 0001-seed7-a-red-cat.png."""
-    words = "-".join(re.findall(r"[a-z0-9]+", job.prompt.lower()))[:40].strip("-") or "picture"
     number = max((int(m[1]) for p in folder.glob("*.png") if (m := re.match(r"(\d{4,})-", p.name))), default=0) + 1
     while True:
-        path = folder / f"{number:04d}-seed{job.seed}-{words}.png"
+        path = folder / f"{number:04d}-{name}.png"
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             return path

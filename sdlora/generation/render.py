@@ -1,117 +1,141 @@
-"""Rendering: a job becomes pictures. Denoising yields each step, so progress and cancelling belong to the caller."""
+"""Rendering: jobs become pictures. Denoising yields each step, so progress and cancelling belong to the caller."""
 
 import inspect
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sdlora.errors import SdloraError
-from sdlora.generation.job import SCHEDULERS, Job, LoraWeight
+from sdlora.generation.composition import voices
+from sdlora.generation.job import SCHEDULERS, Job
+from sdlora.generation.prompts.encode import Remembered, encode, encode_negative
+from sdlora.generation.prompts.syntax import Part, negative_of, parts_of
 from sdlora.mixing.mixer import Mixer
-from sdlora.models.families import Conditioning, family_of, truncated
+from sdlora.mixing.plan import Plan
+from sdlora.mixing.schedule import progress_of
+from sdlora.models.families import Conditioning, family_of
+
+FEW_STEPS = 2  # of a job that merging would not pay for
+ROWS = 16  # pictures that are denoised together
+
+_remembered: WeakKeyDictionary[Mixer, Remembered] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step is done: of `steps`, of picture `picture` (from 0). Step 0: waiting for the pipeline.
+    """A step is done: of `steps`, of picture `picture` (from 0) and those denoised with it, `together` in all.
 
-    Some schedulers take more steps than the job says: Heun looks twice at each but the last.
+    Step 0: waiting for the pipeline. Some schedulers take more steps than the job says: Heun looks twice at each but
+    the last.
     """
 
     picture: int
     step: int
     steps: int
+    together: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture, the job that makes exactly it again (its own seed, count 1, sizes and hashes filled in), and notes."""
+    """A picture, and the job that makes it again: its own seed, count 1, sizes and hashes filled in."""
 
     image: Image.Image
     job: Job
-    notes: tuple[str, ...] = ()
 
 
-def render(mixer: Mixer, job: Job) -> Generator[Progress | Picture, None, None]:
-    """Render a job: Progress at every step, a Picture whenever one is done.
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the UNet is told of a batch: parts of the prompt by step, and what each text of them means to each job."""
 
-    Jobs run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
-    or is closed. Closing the iterator cancels the job within one step.
+    parts: tuple[Part, ...]
+    negative: Part
+    meanings: tuple[dict[tuple[str, bool], Conditioning], ...]
+
+    def at(self, step: int, each: int) -> list[tuple[float, Conditioning]]:
+        """Weights and conditionings of a step, the negative prompt's first; `each`: rows for each of the jobs."""
+        texts = [
+            (0.0, (self.negative.text_at(step), True)),
+            *((p.weight, (p.text_at(step), False)) for p in self.parts),
+        ]
+        return [(weight, _stacked([meaning[key] for meaning in self.meanings], each)) for weight, key in texts]
+
+
+def render(mixer: Mixer, *jobs: Job, rows: int = ROWS) -> Generator[Progress | Picture, None, None]:
+    """Render jobs: Progress at every step, a Picture whenever one is done, in the order of the jobs.
+
+    Pictures of a single job are made one by one, so that each is what it is alone. Several jobs that differ in nothing
+    but LoRA weights and seeds (a ladder, a grid) are denoised together, `rows` at a time, each with its own weights.
+    They run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
+    or is closed. Closing the iterator cancels within one step.
     """
+    wanted = [replace(job, seed=job.seed + i, count=1) for job in jobs for i in range(job.count)]
     while not mixer.lock.acquire(timeout=0.1):
-        yield Progress(0, 0, job.steps)
+        yield Progress(0, 0, wanted[0].steps)
     try:
-        job = hold(mixer, job)
-        notes, steps = _notes(mixer.pipeline, job), len(scheduler_for(mixer.pipeline, job).timesteps)
-        for i in range(job.count):
-            one = replace(job, seed=job.seed + i, count=1)
+        done = 0
+        for batch in _batches(wanted, rows if len(jobs) > 1 else 1):
+            batch, steps = hold(mixer, batch), len(scheduler_for(mixer.pipeline, batch[0]).timesteps)
             latents: Tensor | None = None
-            for step, latents in enumerate(denoise(mixer.pipeline, one), start=1):  # noqa: B007 the last ones are decoded
-                yield Progress(i, step, steps)
+            for step, latents in enumerate(denoise(mixer, batch), start=1):  # noqa: B007 the last ones are decoded
+                yield Progress(done, step, steps, len(batch))
             assert latents is not None
-            yield Picture(decode(mixer.pipeline, latents), one, notes)
+            for one, job in zip(latents, batch, strict=True):
+                yield Picture(decode(mixer.pipeline, one[None]), job)
+            done += len(batch)
     finally:
         mixer.lock.release()
 
 
-def hold(mixer: Mixer, job: Job) -> Job:
-    """Bring the mixer to exactly the job's LoRAs; returns the job with sizes and file hashes filled in.
+def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
+    """Have the LoRAs of these jobs at hand, and no others; returns the jobs with sizes and file hashes filled in.
 
-    Files that a former job used and this one does not are unloaded. A file named twice is an error. Where a file
-    cannot be applied, SdloraError, and the mixer is as it was.
+    A file named twice is an error. Where a file cannot be applied, SdloraError, and the mixer is as it was.
     """
-    names = [adapter_name(lora) for lora in job.loras]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise SdloraError(f"{twice} is given twice; give each LoRA once, with the sum of its weights")
-    wanted = {name: (lora.path, _weights(mixer.pipeline, lora)) for name, lora in zip(names, job.loras, strict=True)}
-    receipts = mixer.hold(wanted, job.partial)
+    plans = [job.plan for job in batch]
+    if len(batch) > 1:
+        plans = [plan.only(family_of(mixer.pipeline).text_encoders) for plan in plans]
+    held = mixer.hold(*plans, partial=batch[0].partial, live=_short(batch[0]))
+    hashes = {lora.path: lora.sha256 for plan in held for lora in plan.loras}
     own = mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
-    hashes = (receipts[name].sha256 for name in names)
-    loras = tuple(replace(lora, sha256=sha256) for lora, sha256 in zip(job.loras, hashes, strict=True))
-    return replace(job, loras=loras, width=job.width or own, height=job.height or own)
+    return [
+        replace(
+            job,
+            loras=tuple(replace(lora, sha256=hashes[lora.path]) for lora in job.loras),
+            width=job.width or own,
+            height=job.height or own,
+        )
+        for job in batch
+    ]
 
 
-def adapter_name(lora: LoraWeight) -> str:
-    """What the mixer calls a job's LoRA: its file, whichever way the path to it was written."""
-    return os.path.realpath(lora.path)
+def denoise(mixer: Mixer, batch: Sequence[Job]) -> Iterator[Tensor]:
+    """Latents (pictures, channels, height / 8, width / 8) of jobs at hand after each step; the last are the pictures'.
 
-
-@torch.inference_mode()
-def conditioning_of(pipeline: Any, job: Job) -> tuple[Conditioning, Conditioning]:
-    """What the UNet is told: the prompt's conditioning and the negative prompt's."""
-    family = family_of(pipeline)
-    return family.encode(pipeline, [job.prompt]), family.unconditional(pipeline, [job.negative_prompt])
-
-
-def denoise(pipeline: Any, job: Job) -> Iterator[Tensor]:
-    """Latents (1, channels, height / 8, width / 8) after each step; the last are the picture's.
-
-    Classifier-free guidance (Ho & Salimans 2022): unconditional + guidance_scale * (conditional - unconditional).
+    Classifier-free guidance (Ho & Salimans 2022): unconditional + guidance_scale * (conditional - unconditional); the
+    parts of a prompt with AND add up what they differ by, each with its weight (Liu et al., arXiv:2206.01714).
     """
-    assert job.width and job.height
-    family, unet = family_of(pipeline), pipeline.unet
-    prompt, negative = conditioning_of(pipeline, job)
-    guided = job.guidance_scale != 1
-    told = {name: torch.cat([negative[name], prompt[name]]) if guided else prompt[name] for name in prompt}
-    generator = torch.Generator().manual_seed(job.seed)
-    scheduler = scheduler_for(pipeline, job)
-    factor = pipeline.vae_scale_factor
-    shape = (1, unet.config.in_channels, job.height // factor, job.width // factor)
-    latents = torch.randn(shape, generator=generator).to(unet.device, unet.dtype) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
+    job, scheduler = batch[0], scheduler_for(mixer.pipeline, batch[0])
+    steps = len(scheduler.timesteps)
+    told = _told(mixer, batch)
+    sung = [voices(job, steps) for job in batch]
+    each = len(sung[0])
+    plans = [Plan(job.model, voice) for one in sung for voice in one]
+    mixer.apply(*(plan.only(("unet",)) for plan in plans) if len(plans) > 1 else plans, live=_short(job))
+    chance = [torch.Generator().manual_seed(job.seed) for job in batch]
+    latents = _noise(mixer.pipeline, batch, chance) * scheduler.init_noise_sigma
+    for step, timestep in enumerate(scheduler.timesteps):
+        mixer.at(progress_of(step, steps))
         with torch.inference_mode():
-            seen = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-            prediction = family.predict(unet, seen, timestep, told, None)
-            if guided:
-                without, with_prompt = prediction.chunk(2)
-                prediction = without + job.guidance_scale * (with_prompt - without)
-            latents = scheduler.step(prediction, timestep, latents, **_chance(scheduler, generator)).prev_sample
+            seen = scheduler.scale_model_input(latents, timestep).repeat_interleave(each, 0)
+            prediction = _guided(mixer.pipeline, seen, timestep, told.at(step * job.steps // steps, each), job)
+            prediction = prediction.unflatten(0, (len(batch), each)).mean(1)
+            latents = scheduler.step(prediction, timestep, latents, **_chance(scheduler, chance)).prev_sample
         yield latents
 
 
@@ -125,7 +149,7 @@ def scheduler_for(pipeline: Any, job: Job) -> Any:
     else:
         name, settings, _ = SCHEDULERS[job.scheduler]
         scheduler = getattr(diffusers, name).from_config(own.config, **settings)
-    scheduler.set_timesteps(job.steps, device=pipeline.unet.device)
+    scheduler.set_timesteps(job.steps, device=_device(pipeline))
     return scheduler
 
 
@@ -148,16 +172,87 @@ def decode(pipeline: Any, latents: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
 
 
-def _weights(pipeline: Any, lora: LoraWeight) -> dict[str, float]:
-    encoders = family_of(pipeline).text_encoders
-    return {"unet": lora.unet, **dict.fromkeys(encoders, lora.text_encoder)}
+def _batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
+    """Neighbours that differ in nothing but LoRA weights and seed, `rows` at most; a composite is a batch by itself."""
+    batch: list[Job] = []
+    for job in jobs:
+        alike = batch and _frame(job) == _frame(batch[0]) and job.compose != "composite"
+        if batch and not (alike and len(batch) < rows):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
 
 
-def _chance(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+def _frame(job: Job) -> Job:
+    return replace(job, loras=(), seed=0)
+
+
+def _short(job: Job) -> bool:
+    return job.steps <= FEW_STEPS
+
+
+def _told(mixer: Mixer, batch: Sequence[Job]) -> Told:
+    """All that the prompts say in any step, as the text encoders of each job read it."""
+    job, encoders = batch[0], family_of(mixer.pipeline).text_encoders
+    parts, negative = parts_of(job.prompt, job.steps), negative_of(job.negative_prompt, job.steps)
+    texts = dict.fromkeys([(text, True) for _, text in negative.spans])
+    texts |= dict.fromkeys((text, False) for part in parts for _, text in part.spans)
+    remembered = _remembered.setdefault(mixer, Remembered())
+    meanings = []
+    for job in batch:
+        if len(batch) > 1:
+            mixer.apply(job.plan.only(encoders))
+        key = mixer.reading
+        meanings.append({told: _meaning(mixer.pipeline, remembered, key, *told) for told in texts})
+    return Told(parts, negative, tuple(meanings))
+
+
+def _meaning(pipeline: Any, remembered: Remembered, key: Hashable, text: str, negative: bool) -> Conditioning:
+    return remembered.get((key, text, negative), lambda: (encode_negative if negative else encode)(pipeline, text))
+
+
+def _stacked(meanings: Sequence[Conditioning], each: int) -> Conditioning:
+    """Those of the jobs, each `each` times, as rows."""
+    return {name: torch.cat([meaning[name] for meaning in meanings]).repeat_interleave(each, 0) for name in meanings[0]}
+
+
+def _guided(pipeline: Any, seen: Tensor, timestep: Tensor, told: list[tuple[float, Conditioning]], job: Job) -> Tensor:
+    (_, negative), *parts = told
+    if job.guidance_scale == 1 and [weight for weight, _ in parts] == [1.0]:
+        return _predicted(pipeline, seen, timestep, [parts[0][1]])[0]
+    without, *heard = _predicted(pipeline, seen, timestep, [negative, *(one for _, one in parts)])
+    apart = (job.guidance_scale * weight * (one - without) for (weight, _), one in zip(parts, heard, strict=True))
+    return without + sum(apart)
+
+
+def _predicted(pipeline: Any, seen: Tensor, timestep: Tensor, told: Sequence[Conditioning]) -> list[Tensor]:
+    """What the UNet predicts for each conditioning; those of one length in one pass."""
+    predict, found = family_of(pipeline).predict, list[Tensor]()
+    for _, alike in groupby(told, lambda one: one["encoder_hidden_states"].shape[1]):
+        group = list(alike)
+        joined = {name: torch.cat([one[name] for one in group]) for name in group[0]}
+        prediction = predict(pipeline.unet, torch.cat([seen] * len(group)), timestep, joined, None)
+        found += prediction.chunk(len(group))
+    return found
+
+
+def _noise(pipeline: Any, batch: Sequence[Job], chance: Sequence[torch.Generator]) -> Tensor:
+    factor, unet = pipeline.vae_scale_factor, pipeline.unet
+    height, width = batch[0].height, batch[0].width
+    assert height and width
+    shape = (1, unet.config.in_channels, height // factor, width // factor)
+    return torch.cat([torch.randn(shape, generator=one) for one in chance]).to(_device(pipeline), unet.dtype)
+
+
+def _device(pipeline: Any) -> torch.device:
+    """Where it computes, which for offloaded models is not where the weights lie."""
+    return pipeline._execution_device
+
+
+def _chance(scheduler: Any, chance: Sequence[torch.Generator]) -> dict[str, Any]:
     """Only some schedulers draw noise as they go."""
-    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-
-
-def _notes(pipeline: Any, job: Job) -> tuple[str, ...]:
-    cut = {"prompt": truncated(pipeline, job.prompt), "negative prompt": truncated(pipeline, job.negative_prompt)}
-    return tuple(f"the {name} is too long, ignored: {rest!r}" for name, rest in cut.items() if rest)
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": list(chance) if len(chance) > 1 else chance[0]}

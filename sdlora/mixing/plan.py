@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
 
 from sdlora.errors import SdloraError, nearest
-from sdlora.formats.block_weights import BLOCKS, Factors, block_of
+from sdlora.formats.block_weights import BLOCKS, Factors, block_of, read_factors
 from sdlora.mixing.schedule import ALWAYS, Schedule, parse_schedule
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+# One for all components, or by component ("unet", "text_encoder", ...; those left out are off, unless all are), with
+# "blocks", "on" and "schedule" beside them if need be.
+Weights = float | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +64,9 @@ class LoraWeight:
 
     def only(self, components: tuple[str, ...]) -> LoraWeight:
         """The same with all other components off; what is not the UNet has no schedule."""
-        off = {name: 0.0 for name in COMPONENTS if name not in components}
-        kept = {"text_encoder_2": self.of("text_encoder_2")} if "text_encoder_2" in components and self.on else {}
-        return replace(self, **{**kept, **off}, schedule=self.schedule if "unet" in components else ALWAYS)
+        unet, first, second = (self.of(name) if name in components else 0.0 for name in COMPONENTS)
+        schedule = self.schedule if "unet" in components else ALWAYS
+        return replace(self, unet=unet, text_encoder=first, text_encoder_2=second, schedule=schedule)
 
 
 Place = tuple[str, str]  # component and block
@@ -89,6 +93,26 @@ class Plan:
     def only(self, components: tuple[str, ...]) -> Plan:
         """The same for some components, the others as the base has them."""
         return replace(self, loras=tuple(lora.only(components) for lora in self.loras))
+
+
+def lora_weight(name: str, weights: Weights, components: Sequence[str]) -> LoraWeight:
+    """An adapter's place in a plan, from what people write; components: the model's."""
+    if not isinstance(weights, Mapping):
+        return LoraWeight(path=name, unet=weights, text_encoder=weights)
+    told = dict(weights)
+    blocks, schedule = told.pop("blocks", ()), told.pop("schedule", ALWAYS)
+    settings: dict[str, Any] = {
+        "blocks": read_factors(blocks) if isinstance(blocks, str) else tuple(dict(blocks).items()),
+        "schedule": parse_schedule(schedule) if isinstance(schedule, str) else schedule,
+        "on": bool(told.pop("on", True)),
+    }
+    for component in told:
+        if component not in components:
+            known = ", ".join(components)
+            raise SdloraError(f"{name}: the model has no component {component!r}; it has {known}")
+    if told:
+        settings |= {component: told.get(component, 0.0) for component in components}
+    return LoraWeight(path=name, **settings)
 
 
 def as_dict(lora: LoraWeight) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def window(start: float = 0.0, stop: float = 1.0) -> Schedule:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """ "0.2-0.8", "0.3-", "-0.5", or points "0:0, 0.5:1, 1:0"; nothing is 1 throughout. SdloraError for anything else."""
+    """ "0.2-0.8", "0.3-", "-0.5", or points "0:0, 0.5:1, 1:0"; nothing: 1 throughout. SdloraError for anything else."""
     text = text.strip()
     if not text:
         return ALWAYS

@@ -56,6 +56,18 @@ def find(model: str) -> Path | None:
     return None
 
 
+def source_of(pipeline: Any, model: str = "") -> Path | None:
+    """Where the weights of a pipeline lie: the folder or file of the model, None where that is not known.
+
+    model: its name as `load_pipeline` takes it; without, and for models of the hub, diffusers remembers the folder.
+    """
+    path = find(model) if model else None
+    if path is None:
+        told = getattr(pipeline.unet.config, "_name_or_path", None)
+        path = Path(told).parent if told and os.path.isdir(told) and Path(told).name == "unet" else None
+    return path
+
+
 def _quiet() -> None:
     """What goes wrong is said by us, once; the libraries' own bars and warnings would only bury it."""
     from diffusers.utils import logging as diffusers_logging

@@ -28,7 +28,7 @@ def pictures(mixer: Mixer, job: Job) -> list[Picture]:
 def test_latents_equal_those_of_diffusers_own_pipeline(kind: str, scheduler: str, prediction_type: str):
     pipeline = tiny_pipeline(kind, prediction_type=prediction_type)
     job = replace(JOB, scheduler=scheduler, negative_prompt="")
-    *_, latents = denoise(pipeline, job)
+    *_, latents = denoise(Mixer(pipeline), [job])
     if scheduler != "default":
         import diffusers
 
@@ -81,9 +81,10 @@ def test_no_guidance_needs_no_second_pass(monkeypatch):
     assert set(sizes) == {1}
 
 
-def test_a_prompt_past_the_window_is_noted():
-    (picture,) = pictures(Mixer(tiny_pipeline()), replace(JOB, prompt="x" * 75 + " over"))
-    assert picture.notes == ("the prompt is too long, ignored: 'over'",)
+def test_a_prompt_past_the_window_counts_to_its_end():
+    mixer, long = Mixer(tiny_pipeline()), "x" * 75
+    one, other = (pictures(mixer, replace(JOB, prompt=f"{long} {end}"))[0] for end in ("cat", "dog"))
+    assert not np.array_equal(np.asarray(one.image), np.asarray(other.image))
 
 
 def test_a_picture_carries_its_job(tmp_path):
@@ -115,11 +116,11 @@ def test_a_refused_lora_leaves_the_mix_as_it_was(tmp_path):
     write(random_adapter(components_of(mixer.pipeline), 0, suffix="to_q"), tmp_path / "mine.safetensors")
     write(random_adapter(components_of(tiny_pipeline("sdxl")), 0), tmp_path / "other.safetensors")
     mine, other = (LoraWeight(path=str(tmp_path / f"{name}.safetensors")) for name in ("mine", "other"))
-    hold(mixer, replace(JOB, loras=(mine,)))
+    hold(mixer, [replace(JOB, loras=(mine,))])
     before = mixer.names, mixer.weights
     assert before[1]
     with pytest.raises(SdloraError, match="other.safetensors"):
-        hold(mixer, replace(JOB, loras=(other,)))
+        hold(mixer, [replace(JOB, loras=(other,))])
     assert (mixer.names, mixer.weights) == before
 
 

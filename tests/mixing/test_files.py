@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.errors import SdloraError
 from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.plan import LoraWeight, Plan
 from sdlora.models.families import components_of
 from tests.conftest import random_adapter
-from tests.mixing.states import same_state, state_of
+from tests.mixing.states import State, same_state, state_of
 from tests.tiny import tiny_pipeline
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -49,7 +50,7 @@ def _weights(folder: Path) -> Path:
 def test_a_folder_is_read_again_when_any_of_its_files_changes(tmp_path: Path, below: str):
     pipeline = tiny_pipeline()
     mixer, folder = Mixer(pipeline), peft_folder(tmp_path / "mine-1.5", 4, below)
-    weight = mixer._modules[f"unet.{PATH}"].weight
+    weight = mixer._base.modules[f"unet.{PATH}"].weight
     base = weight.detach().clone()
     receipt = mixer.load(folder)
     assert mixer.names == ("mine-1.5",) and mixer.load(folder) is receipt
@@ -78,18 +79,25 @@ def test_a_learned_token_comes_with_its_file_and_goes_with_it(tmp_path: Path):
     assert same_state(pipeline, base)
 
 
+def plan_of(*files: Path, **weights: float) -> Plan:
+    return Plan("", tuple(LoraWeight(path=str(file), **weights) for file in files))  # type: ignore[arg-type]
+
+
 def test_holding_swaps_loras_that_bring_the_same_token(tmp_path: Path):
     pipeline, other = tiny_pipeline(), tiny_pipeline()
     files = [written(tmp_path / f"{seed}.safetensors", pipeline, seed) for seed in range(2)]
     mixer, alone = Mixer(pipeline), Mixer(other)
-    receipts = [mixer.hold({"lora": (files[0], 1.0)}), mixer.hold({"new": (files[1], {"unet": 0.5})})]
-    assert mixer.names == ("new",) and mixer.weights == {"new": {"unet": 0.5}}
-    assert receipts[0]["lora"].sha256 != receipts[1]["new"].sha256
+    first, second = mixer.hold(plan_of(files[0])), mixer.hold(plan_of(files[1], unet=0.5, text_encoder=0.0))
+    name = str(files[1])
+    assert mixer.names == (name,) and mixer.weights == {name: {"unet": 0.5, "text_encoder": 0.0}}
+    receipt = mixer.receipt(name)
+    assert receipt and receipt.sha256 == second[0].loras[0].sha256 != first[0].loras[0].sha256
     alone.load(files[1], "new")
     alone.set({"new": {"unet": 0.5}})
     assert same_state(pipeline, state_of(other))
-    assert mixer.hold({"new": (files[1], 1.0)})["new"] is receipts[1]["new"], "an unchanged file is not read again"
-    mixer.hold({})
+    mixer.hold(plan_of(files[1]))
+    assert mixer.receipt(name) is receipt, "an unchanged file is not read again"
+    mixer.hold(plan_of())
     assert same_state(pipeline, state_of(tiny_pipeline())) and mixer.names == ()
 
 
@@ -97,19 +105,27 @@ def test_holding_what_cannot_be_had_changes_nothing(tmp_path: Path):
     pipeline = tiny_pipeline()
     one, two = (written(tmp_path / f"{name}.safetensors", pipeline, seed) for seed, name in enumerate(("one", "two")))
     mixer = Mixer(pipeline)
-    receipt = mixer.hold({"one": (one, 0.5)})["one"]
-    before = state_of(pipeline)
+    mixer.hold(plan_of(one, unet=0.5))
+    before, plans = state_of(pipeline), mixer.plans
     for wanted, message in (
-        ({"two": (two, 1.0), "gone": (tmp_path / "gone.safetensors", 1.0)}, "gone.safetensors cannot be read"),
-        ({"one": (one, 1.0), "two": (two, 1.0)}, "one and two bring the token '<s1>'"),
-        ({"two": (two, {"vae": 1.0})}, "no component 'vae'"),
-        ({"two": (two, float("nan"))}, "no finite number"),
-        ({"two": (two, 1e39)}, "overflows"),
+        (plan_of(two, tmp_path / "gone.safetensors"), "gone.safetensors cannot be read"),
+        (plan_of(one, two), "one.safetensors and .*two.safetensors bring the token '<s1>'"),
+        (plan_of(one, tmp_path / "." / ".." / tmp_path.name / "one.safetensors"), "one.safetensors is given twice"),
     ):
         with pytest.raises(SdloraError, match=message):
             mixer.hold(wanted)
-        assert same_state(pipeline, before) and mixer.weights == {"one": {"unet": 0.5, "text_encoder": 0.5}}
-        assert mixer.names == ("one",) and mixer.load(one) is receipt
+        assert same_state(pipeline, before) and mixer.plans == plans
+        assert mixer.names == (str(one),)
+    with pytest.raises(SdloraError, match="overflows"):
+        mixer.hold(plan_of(two, unet=1e39))
+    assert same_state(pipeline, state_of_one(one)) and mixer.names == (str(one),) and mixer.state == "base"
+
+
+def state_of_one(file: Path) -> State:
+    """Of a base that knows the file's tokens and has none of its weights."""
+    pipeline = tiny_pipeline()
+    Mixer(pipeline).load(file)
+    return state_of(pipeline)
 
 
 def test_a_part_is_taken_when_it_is_asked_for_and_not_remembered_otherwise(tmp_path: Path):
@@ -123,8 +139,9 @@ def test_a_part_is_taken_when_it_is_asked_for_and_not_remembered_otherwise(tmp_p
     receipt = mixer.load(path, "a", partial=True)
     assert len(receipt.incomplete) == len(gone) and "in part as asked" in receipt.summary()
     with pytest.raises(SdloraError, match="--partial"):
-        mixer.hold({"a": (path, 1.0)})
-    assert mixer.hold({"a": (path, 1.0)}, partial=True) == {"a": receipt}
+        mixer.hold(plan_of(path))
+    mixer.hold(plan_of(path), partial=True)
+    assert mixer.receipt(str(path)) == receipt
 
 
 def test_new_content_under_the_same_time_and_size_is_seen(tmp_path: Path):
@@ -144,5 +161,5 @@ def test_what_has_settled_is_not_read_again(tmp_path: Path, monkeypatch: pytest.
     mixer, path = Mixer(pipeline), written(tmp_path / "a.safetensors", pipeline)
     os.utime(path, (1, 1))
     receipt = mixer.load(path, "a")
-    monkeypatch.setattr("sdlora.mixing.mixer.read", lambda *_: pytest.fail("it is read again"))
+    monkeypatch.setattr("sdlora.mixing.shelf.read", lambda *_: pytest.fail("it is read again"))
     assert mixer.load(path, "a") is receipt

@@ -248,13 +248,13 @@ def test_tokens_that_the_model_cannot_take_are_refused_and_change_nothing(case: 
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_a_change_of_tokens_interrupted_anywhere_leaves_what_was(monkeypatch, moment: int):
+def test_a_change_of_tokens_interrupted_anywhere_leaves_the_base_and_what_was_at_hand(monkeypatch, moment: int):
     pipeline = tiny_pipeline("sdxl")
     base, mixer = state_of(pipeline), Mixer(pipeline)
     both = {name: rows(2) for name in ("text_encoder", "text_encoder_2")}
     mixer.add(Adapter({"unet.conv_in.bias": Full(torch.ones(16))}, embeddings={"<s1>": both}), "one")
-    mixer.set({"one": 1.0})
     before, write, calls = state_of(pipeline), type(pipeline).__setattr__, iter(range(100))
+    mixer.set({"one": 1.0})
     cat = torch.cat
 
     def interrupted(original, *values):
@@ -270,7 +270,7 @@ def test_a_change_of_tokens_interrupted_anywhere_leaves_what_was(monkeypatch, mo
         patch.setattr(torch, "cat", lambda *values: interrupted(cat, *values))
         with pytest.raises(KeyboardInterrupt):
             mixer.unload("one")
-    assert same_state(pipeline, before) and mixer.names == ("one",)
+    assert same_state(pipeline, before) and mixer.names == ("one",) and mixer.state == "base"
     mixer.unload("one")
     assert same_state(pipeline, base)
 

@@ -1,0 +1,141 @@
+"""The shelf: adapters read from files, known by their content, in so many bytes of memory and no more."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from torch import Tensor, uint8
+
+from sdlora.errors import SdloraError
+from sdlora.formats.architectures import Architecture
+from sdlora.formats.read import read
+from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import CONFIG, sources_of
+from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.laws.delta import factors
+
+Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file of a LoRA
+
+# Nanoseconds: a file changed so lately may change again without another time, the clocks of disks being coarse.
+SETTLED = 2 * 10**9
+STAMPS = 4096  # files whose content is known by their stamp; what is forgotten is read again
+
+
+@dataclass(frozen=True, eq=False)
+class Book:
+    """An adapter and a hash of all that counts of it, of a file its sha256. receipt: None where it was not read."""
+
+    adapter: Adapter
+    content: str
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What lay at a path, and whether a change since must show in the stamp."""
+
+    stamp: Stamp
+    content: str
+    settled: bool
+
+
+class Shelf:
+    """Reads adapters for one architecture and keeps those used last, as long as they fit into `limit` bytes.
+
+    The same content is the same object as long as it is kept, whatever its file is called; content that has changed
+    under the same name is seen at once.
+    """
+
+    def __init__(self, architecture: Architecture, limit: int) -> None:
+        self.architecture = architecture
+        self.limit = limit
+        self.size = 0  # bytes on the shelf
+        self._books: OrderedDict[tuple[str, bool], Book] = OrderedDict()
+        self._seen: OrderedDict[tuple[Path, bool], _Seen] = OrderedDict()
+
+    def read(self, path: Path, partial: bool = False) -> Book:
+        """What lies at the path now; partial as for `read` of sdlora.formats. SdloraError where that cannot be had."""
+        stamp, seen = _stamp(path), self._seen.get((path, partial))
+        if seen and seen.stamp == stamp and seen.settled and (seen.content, partial) in self._books:
+            return self._taken((seen.content, partial), path)
+        settled = time.time_ns() - max(changed for _, _, changed in stamp) > SETTLED
+        adapter, receipt = read(path, self.architecture, partial)
+        book = Book(adapter, _content(path, receipt.sha256), receipt)
+        self._seen[path, partial] = _Seen(stamp, book.content, settled)
+        self._seen.move_to_end((path, partial))
+        if len(self._seen) > STAMPS:
+            self._seen.popitem(last=False)
+        if (book.content, partial) in self._books:
+            return self._taken((book.content, partial), path)
+        self._put((book.content, partial), book)
+        return book
+
+    def _taken(self, key: tuple[str, bool], path: Path) -> Book:
+        """From the shelf; its receipt speaks of the path that was asked for."""
+        self._books.move_to_end(key)
+        book = self._books[key]
+        assert book.receipt is not None
+        return book if book.receipt.path == path else replace(book, receipt=replace(book.receipt, path=path))
+
+    def _put(self, key: tuple[str, bool], book: Book) -> None:
+        size = size_of(book.adapter)
+        if size > self.limit:
+            return
+        self._books[key] = book
+        self.size += size
+        while self.size > self.limit:
+            _, leaving = self._books.popitem(last=False)
+            self.size -= size_of(leaving.adapter)
+
+
+def size_of(adapter: Adapter) -> int:
+    """Bytes of all its tensors."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(adapter))
+
+
+def content_of(adapter: Adapter) -> str:
+    """A hash of all that an adapter changes, for one that was not read from a file."""
+    digest = sha256()
+    for path, delta in sorted(adapter.deltas.items()):
+        digest.update(f"{path} {type(delta).__name__} {_numbers(delta)}".encode())
+    for name, tensor in _tensors(adapter):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(adapter: Adapter) -> list[tuple[str, Tensor]]:
+    deltas = [(f"{path} {name}", one) for path, delta in adapter.deltas.items() for name, one in factors(delta).items()]
+    tokens = [(f"{token} {name}", one) for token, by in adapter.embeddings.items() for name, one in by.items()]
+    return sorted([*deltas, *tokens], key=lambda named: named[0])
+
+
+def _numbers(delta: object) -> str:
+    """What is no tensor in a law: its alpha, its axes, an inner law's own."""
+    told = []
+    for name, value in sorted(vars(delta).items()):
+        if not hasattr(value, "dtype"):
+            told.append(f"{name}={_numbers(value) if hasattr(value, 'fits') else value!r}")
+    return f"{type(delta).__name__}({', '.join(told)})"
+
+
+def _content(path: Path, weights: str) -> str:
+    """weights: the hash of the weights. A PEFT folder's config and whose part is whose count too."""
+    sources = sources_of(path)
+    told = [(one.component, one.path.with_name(CONFIG).read_bytes() if one.config else b"") for one in sources]
+    return weights if told == [(None, b"")] else sha256(f"{weights} {told}".encode()).hexdigest()
+
+
+def _stamp(path: Path) -> Stamp:
+    """What tells whether any of the files of a LoRA has changed."""
+    try:
+        sources = sources_of(path)
+        configs = (source.path.with_name(CONFIG) for source in sources if source.config)
+        found = [(str(file), file.stat()) for file in (*(source.path for source in sources), *configs)]
+    except OSError as error:
+        raise SdloraError(f"LoRA {path} cannot be read ({error.strerror}); check the path") from error
+    return tuple((file, status.st_size, status.st_mtime_ns) for file, status in found)
