@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 
 from sdlora import toybox
 from sdlora.formats.write import write
+from sdlora.lowrank.adapter import Adapter
 from sdlora.models.families import components_of
 from sdlora.models.load import load_pipeline
 from tests.conftest import random_adapter
 from tests.tiny import tiny_folder
+from tests.web.pages import Open
 
+WAIT = 60_000  # milliseconds, for the slowest machine
 SERVE = "from sdlora.web.app import serve; serve(models=[{!r}], libraries=[{!r}], output={!r}, port={})"
 
 
@@ -32,11 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
-    """A folder with two LoRAs that change every picture."""
+    """A folder with LoRAs that change every picture; "loud" is as beta would be at a weight of 4."""
     folder = tmp_path_factory.mktemp("library")
     components = components_of(load_pipeline(model))
     for seed, name in enumerate(("alpha", "beta")):
         write(random_adapter(components, seed), folder / f"{name}.safetensors")
+    beta = random_adapter(components, 1)
+    louder = Adapter({path: replace(delta, up=4 * delta.up) for path, delta in beta.deltas.items()})
+    write(louder, folder / "loud.safetensors")
     return folder
 
 
@@ -84,3 +91,29 @@ def browser() -> Iterator[Any]:
             pytest.skip(f"no Chromium can be started (install it, e.g. apt-get install chromium): {error}")
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Open]:
+    """Opens a page as a visitor of its own. Faults in its scripts, and requests to elsewhere, fail the test."""
+    contexts, faults = [], []
+
+    def stay_here(request: Any) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            faults.append(f"the page asks for {request.url}")
+
+    def open_page(width: int = 1280, height: int = 900) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", stay_here)
+        page.goto(address)
+        page.locator("#generate").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults

@@ -1,71 +1,8 @@
 """What a person does with the app, done in a real browser."""
 
-import io
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
-from PIL import Image
-
-WAIT = 60_000  # milliseconds, for the slowest machine
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Open]:
-    """Opens a page as a visitor of its own. Faults in its scripts, and requests to elsewhere, fail the test."""
-    contexts, faults = [], []
-
-    def stay_here(request: Any) -> None:
-        if not request.url.startswith((address, "data:", "blob:")):
-            faults.append(f"the page asks for {request.url}")
-
-    def open_page(width: int = 1280, height: int = 900) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", stay_here)
-        page.goto(address)
-        page.locator("#generate").wait_for()
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not faults
-
-
-def set_number(page: Any, where: str, value: float) -> None:
-    """Type into the number box of a slider or number field."""
-    box = page.locator(f"{where} input[type=number]")
-    box.fill(str(value))
-    box.press("Tab")
-
-
-def choose_lora(page: Any, row: int, name: str) -> None:
-    page.locator(f"#lora-{row} .lora-head input:not([type=checkbox])").click()
-    page.get_by_role("option", name=name).click()
-    page.locator(f"#words-{row}", has_text="trigger words").wait_for()
-    page.wait_for_function("() => !document.querySelector('[role=option]')")  # the list has faded away
-
-
-def generate(page: Any, count: int = 1) -> bytes:
-    """Press the button, wait for the pictures, and return the pixels of the newest."""
-    shown = page.locator("#gallery img").count() + count
-    page.locator("#generate").click()
-    page.wait_for_function("count => document.querySelectorAll('#gallery img').length == count", arg=shown)
-    page.locator("#generate").wait_for()
-    return pixels(page, 0)
-
-
-def pixels(page: Any, index: int) -> bytes:
-    """Of a picture in the gallery, from the newest on."""
-    address = page.locator("#gallery img").nth(index).get_attribute("src")
-    return Image.open(io.BytesIO(page.request.get(address).body())).tobytes()
+from tests.web.pages import Open, choose_lora, generate, pixels, set_number
 
 
 def test_two_sliders_change_the_picture(open_page: Open) -> None:
@@ -82,7 +19,7 @@ def test_two_sliders_change_the_picture(open_page: Open) -> None:
     set_number(page, "#lora-1 .lora-weight", -0.7)
     mixed = generate(page)
     assert mixed != plain
-    assert "alpha 1.2, beta -0.7" in page.locator("#details").inner_text()
+    assert "alpha 1.2; beta -0.7" in page.locator("#details").inner_text()
     page.locator("#lora-0 .lora-on input").uncheck()
     page.locator("#lora-1 .lora-remove").click()
     assert generate(page) == plain, "off is off"
