@@ -154,7 +154,8 @@ def _numbers(pipeline: Any, family: Family, by_encoder: Sequence[Sequence[Chunk]
 def _emphasised(states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     """States (chunks, window, width) times the weights of their tokens; then each chunk gets its own mean back.
 
-    Computed in float32 and rounded once; a chunk whose weights are all 1 keeps its bits.
+    Computed in float32 and rounded once; a chunk whose weights are all 1 keeps its bits, and one whose mean is nothing
+    but rounding is left as the weights make it.
     """
     if all(weight == 1 for chunk in chunks for _, weight in chunk):
         return states
@@ -163,7 +164,9 @@ def _emphasised(states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     weights = torch.tensor([row + [1.0] * (window - len(row)) for row in rows], device=states.device)
     plain = states.float()
     weighted = plain * weights[:, :, None]
-    weighted = weighted * (plain.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+    before, after = (one.mean((1, 2), keepdim=True) for one in (plain, weighted))
+    rounding = 1e-6 * plain.abs().mean((1, 2), keepdim=True)
+    weighted = weighted * torch.where(torch.minimum(before.abs(), after.abs()) > rounding, before / after, 1.0)
     touched = (weights != 1).any(dim=1)[:, None, None]
     return torch.where(touched, weighted.to(states.dtype), states)
 
