@@ -19,20 +19,29 @@ SLIGHT = 0.01  # of the product of the norms; a block that holds less is not spo
 
 
 def advice(
-    names: tuple[str, str], blocks: Sequence[Meeting], whole: Meeting, same: bool = False, unmeasured: int = 0
+    names: tuple[str, str],
+    blocks: Sequence[Meeting],
+    whole: Meeting,
+    same: bool = False,
+    unmeasured: int = 0,
+    tokens: Sequence[str] = (),
 ) -> str:
     """One line.
 
     names: of the two; blocks: where they meet; same: whether they are one and the same file; unmeasured: how many of
-    their changes could not be measured.
+    their changes could not be measured; tokens: those that both teach, with different vectors.
     """
     both = " and ".join(names)
     if same:
         return f"{both} are the same file: one of them at the sum of the weights does the same"
+    parts = []
+    if tokens:
+        parts.append(f"{both} both teach {', '.join(tokens)}: only one of them can be loaded")
     silent = [name for name, size in zip(names, whole.norms, strict=True) if not size]
     if silent:
-        return f"nothing to compare: {' and '.join(silent)} changes nothing that can be measured"
-    parts = [_meeting(both, blocks, whole), _drowning(names, whole)]
+        parts.append(f"nothing to compare: {' and '.join(silent)} changes nothing that can be measured")
+    else:
+        parts += [_meeting(both, blocks, whole), _drowning(names, whole)]
     if unmeasured:
         parts.append(f"{unmeasured} of their changes could not be measured")
     return "; ".join(filter(None, parts))

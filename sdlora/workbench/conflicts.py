@@ -66,7 +66,10 @@ class Closest:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of the LoRAs, by their numbers: where they meet, and one line of advice."""
+    """Two of the LoRAs, by their numbers: where they meet, and one line of advice.
+
+    tokens: those that both teach, each with vectors of its own; a mixer can hold only one of the two then.
+    """
 
     first: int
     second: int
@@ -74,6 +77,7 @@ class Pair:
     components: tuple[Meeting, ...]
     whole: Meeting
     closest: Closest | None
+    tokens: tuple[str, ...]
     advice: str
 
 
@@ -169,8 +173,9 @@ def _shared(receipts: Sequence[Receipt], partial: bool) -> Architecture | None:
         return None
     shared = [name for name in first.made_for if all(name in one.made_for for one in receipts if one.made_for)]
     if not shared and not partial:
-        other = next(one for one in receipts if one.made_for and not {*one.made_for} & {*first.made_for})
-        here, there = (f"{one.path} is for {_evident(one)}" for one in (first, other))
+        pairs = combinations([one for one in receipts if one.made_for], 2)
+        odd = next((pair for pair in pairs if not {*pair[0].made_for} & {*pair[1].made_for}), (first, receipts[-1]))
+        here, there = (f"{one.path} is for {_evident(one)}" for one in odd)
         raise SdloraError(f"{here} and {there}; compare LoRAs of one base model, or what they share with --partial")
     return next(one for one in known() if one.name == (shared or first.made_for)[0])
 
@@ -237,10 +242,22 @@ def _pair(
     first, second = both
     blocks, whole = by_block(measured, first, second), meeting("all", measured, first, second)
     here, there = sized[first], sized[second]
-    same = here.receipt.sha256 == there.receipt.sha256
-    told = advice((here.label, there.label), blocks, whole, same, len(here.unmeasured) + len(there.unmeasured))
     closest = _closest(first, second, measured, adapters, base)
-    return Pair(first, second, blocks, by_component(measured, first, second), whole, closest, told)
+    tokens = _clashing(adapters[first], adapters[second])
+    same = here.receipt.sha256 == there.receipt.sha256
+    unmeasured = len(here.unmeasured) + len(there.unmeasured)
+    told = advice((here.label, there.label), blocks, whole, same, unmeasured, tokens)
+    return Pair(first, second, blocks, by_component(measured, first, second), whole, closest, tokens, told)
+
+
+def _clashing(one: Adapter, other: Adapter) -> tuple[str, ...]:
+    """Tokens that both teach a text encoder with different vectors."""
+    found = []
+    for token in sorted(one.embeddings.keys() & other.embeddings.keys()):
+        here, there = one.embeddings[token], other.embeddings[token]
+        if any(not torch.equal(here[component], there[component]) for component in here.keys() & there.keys()):
+            found.append(token)
+    return tuple(found)
 
 
 def _closest(
@@ -275,8 +292,8 @@ def _equalised(sized: Sequence[Sized]) -> tuple[tuple[float, ...] | None, str]:
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """The names without the ending; where two are alike, the folder before it, or else a number behind it."""
-    short = [_cut(path.name.removesuffix(".safetensors")) for path in paths]
-    long = [f"{_cut(path.parent.name)}/{name}" for path, name in zip(paths, short, strict=True)]
+    short = [_cut(path.absolute().name.removesuffix(".safetensors")) for path in paths]
+    long = [f"{_cut(path.absolute().parent.name)}/{name}" for path, name in zip(paths, short, strict=True)]
     pairs = list(zip(short, long, strict=True))
     found = [name if short.count(name) == 1 or long.count(more) > 1 else more for name, more in pairs]
     return [one if found.count(one) == 1 else f"{one} ({found[:i].count(one) + 1})" for i, one in enumerate(found)]

@@ -244,6 +244,18 @@ def test_advice_tells_of_directions_that_are_shared_without_a_sign(tmp_path: Pat
     assert "work on the same directions in IN01" in found.advice
 
 
+def test_tokens_that_both_teach_are_named(tmp_path: Path) -> None:
+    files = []
+    for seed in range(3):
+        vectors = torch.full((1, 128), float(seed > 0))
+        adapter = Adapter({TEXT: low_rank(TEXT, seed)}, {}, {"<zib>": {"text_encoder": vectors}})
+        files.append(tmp_path / f"{seed}.safetensors")
+        write(adapter, files[-1], "kohya")
+    first, second, third = conflicts(files).pairs
+    assert first.tokens == second.tokens == ("<zib>",) and third.tokens == ()  # the last two teach it alike
+    assert first.advice.startswith("0 and 1 both teach <zib>: only one of them can be loaded")
+
+
 def test_the_same_file_twice_is_said(pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]]) -> None:
     found = conflicts([pair[2][0], pair[2][0]])
     assert [one.label for one in found.adapters] == ["A (1)", "A (2)"]
@@ -326,6 +338,8 @@ def test_loras_of_two_architectures_are_refused_with_the_evidence(tmp_path: Path
         conflicts([small, other])
     with pytest.raises(SdloraError, match="two files or more"):
         conflicts([small])
+    with pytest.raises(SdloraError, match=r"small.* is for toybox .*large.* is for SD 1\.x"):
+        conflicts([small, small, other])
 
 
 def test_with_partial_what_fits_of_another_model_is_compared(tmp_path: Path) -> None:
