@@ -154,21 +154,33 @@ def _numbers(pipeline: Any, family: Family, by_encoder: Sequence[Sequence[Chunk]
 def _emphasised(states: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     """States (chunks, window, width) times the weights of their tokens; then each chunk gets its own mean back.
 
-    Computed in float32 and rounded once; a chunk whose weights are all 1 keeps its bits, and one whose mean is nothing
-    but rounding is left as the weights make it.
+    Computed in float32 and rounded once; a chunk whose weights are all 1 keeps its bits.
     """
     if all(weight == 1 for chunk in chunks for _, weight in chunk):
         return states
     window = states.shape[1]
     rows = [[1.0, *(weight for _, weight in chunk)] for chunk in chunks]
-    weights = torch.tensor([row + [1.0] * (window - len(row)) for row in rows], device=states.device)
+    weights = torch.tensor([row + [1.0] * (window - len(row)) for row in rows], device=states.device)[:, :, None]
     plain = states.float()
-    weighted = plain * weights[:, :, None]
-    before, after = (one.mean((1, 2), keepdim=True) for one in (plain, weighted))
-    rounding = 1e-6 * plain.abs().mean((1, 2), keepdim=True)
-    weighted = weighted * torch.where(torch.minimum(before.abs(), after.abs()) > rounding, before / after, 1.0)
-    touched = (weights != 1).any(dim=1)[:, None, None]
+    weighted = plain * weights
+    weighted = weighted / _change(plain, weighted, weights)
+    touched = (weights != 1).any(dim=1, keepdim=True)
     return torch.where(touched, weighted.to(states.dtype), states)
+
+
+def _change(plain: Tensor, weighted: Tensor, weights: Tensor) -> Tensor:
+    """What weights (chunks, window, 1) have made of the mean of each chunk, as a factor (chunks, 1, 1).
+
+    Means of one sign change by a factor between the lowest weight and the highest. Where the factor is far from that
+    (twice), the means of the tokens cancel out, and what is left says nothing: A1111 would blow the states up there, or
+    turn them round. Then it is 1.
+    """
+    before, after = (states.mean((1, 2), keepdim=True) for states in (plain, weighted))
+    lowest, highest = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
+    factor = after / before
+    rounding = 1e-6 * plain.abs().mean((1, 2), keepdim=True)
+    sound = (before.abs() > rounding) & (factor > torch.clamp(lowest / 2, min=0.01)) & (factor < highest * 2)
+    return torch.where(sound, factor, 1.0)
 
 
 def _short(text: str) -> str:
