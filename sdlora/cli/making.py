@@ -1,5 +1,6 @@
 """The verbs that make LoRAs and pictures: train, generate, app and demo."""
 
+import sys
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -126,13 +127,11 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     from sdlora.generation.sheet import compared
 
     check_folder(flags.output)
-    job = resolved(job, names_of([Path(folder) for folder in flags.library or ["outputs"]]))
+    job = resolved(job, names_of(_library(flags.library)))
     jobs = flags.cells(job)
     mixer = open_mixer(job.model)
     hold(mixer, jobs[:1])
-    for lora in job.loras:
-        receipt = mixer.receipt(lora.path)
-        print(receipt.summary() if receipt else lora.path)
+    _tell_loras(mixer, job)
     pictures = []
     with tqdm(unit="step", leave=False, disable=None) as bar:
         for event in render(mixer, *jobs):
@@ -146,6 +145,27 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
         columns, second = len(_numbers(flags.ladder)), 1 if flags.grid else -1
         image = compared([(picture.job, picture.image) for picture in pictures], columns, 0, second)
         print(save_sheet(image, flags.output, job))
+
+
+def _library(folders: list[str] | None) -> list[Path]:
+    """Where tags look. What is named must be there, what is looked at anyway need not."""
+    if folders is None:
+        return [folder for folder in (Path("outputs"),) if folder.is_dir()]
+    missing = next((folder for folder in folders if not Path(folder).is_dir()), None)
+    if missing:
+        raise SdloraError(f"--library {missing} is no folder; name the folder where your LoRAs lie")
+    return [Path(folder) for folder in folders]
+
+
+def _tell_loras(mixer: Any, job: Job) -> None:
+    """What of each LoRA is applied, and which of its settings do nothing."""
+    from sdlora.formats.block_weights import absent
+
+    for lora in job.loras:
+        print(mixer.receipt(lora.path).summary())
+        missing = ", ".join(absent(lora.blocks, mixer.architecture))
+        if missing:
+            print(f"note: {lora.path}: the model has no {missing}; their factors do nothing", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Base:
                     self._merge(path, wanted[path])
                 else:
                     self._restore(path)
+            self._untouched.check()
         except BaseException:
             self.restore()
             raise

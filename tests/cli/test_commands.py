@@ -8,9 +8,13 @@ from PIL import Image
 
 from sdlora import cli
 from sdlora.cli.making import TrainFlags
+from sdlora.formats.write import write
 from sdlora.generation.png import read_job
+from sdlora.mixing.schedule import window
+from sdlora.models.families import components_of
 from sdlora.training.config import TrainConfig
-from tests.tiny import tiny_folder
+from tests.conftest import random_adapter
+from tests.tiny import tiny_folder, tiny_pipeline
 
 
 @pytest.fixture
@@ -36,6 +40,34 @@ def test_flags_win_over_the_file(told: list[TrainConfig], tmp_path: Path) -> Non
     assert told[0] == expected
     assert told[1].text_encoder_learning_rate == 1e-5 and told[1].gradient_checkpointing
     assert told[1].targets == ("linear",)
+
+
+def test_generate_compares_weights_and_takes_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_folder(tmp_path / "tiny")
+    for seed, name in enumerate(("one", "two")):
+        adapter = random_adapter(components_of(tiny_pipeline()), seed, suffix="to_q")
+        write(adapter, tmp_path / "loras" / f"{name}.safetensors", "kohya")
+    shared = ["--model", str(model), "--steps", "2", "--size", "64", "--output", str(tmp_path / "out")]
+    library = ["--library", str(tmp_path / "loras")]
+    cli.main(
+        [
+            "generate",
+            "<lora:one:0.5> a cat <lora:two:step=0-1>",
+            "--ladder",
+            "0,1",
+            "--grid",
+            "0.5,1",
+            *shared,
+            *library,
+        ]
+    )
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told[:2]] == ["one.safetensors", "two.safetensors"]
+    *pictures, sheet = map(Path, told[2:])
+    jobs = [read_job(path) for path in pictures]
+    assert [[lora.unet for lora in job.loras] for job in jobs] == [[0, 0.5], [1, 0.5], [0, 1], [1, 1]]
+    assert {job.prompt for job in jobs} == {"a cat"} and jobs[0].loras[1].schedule == window(0, 0.5)
+    assert "sheet" in sheet.name and Image.open(sheet).size[0] > 2 * 64
 
 
 def test_generate_writes_pictures_that_carry_their_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
