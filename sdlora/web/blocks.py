@@ -42,8 +42,8 @@ def build() -> Blocks:
         preset = gr.Dropdown(list(PRESETS), value=None, label="preset", min_width=90, elem_classes="preset")
     with gr.Row():
         sliders = tuple(
-            gr.Slider(0, HIGHEST, value=1, step=0.05, label=label, buttons=[], min_width=100, elem_classes="group")
-            for _, _, label in GROUPS
+            gr.Slider(0, HIGHEST, value=1, step=0.05, label=label, buttons=[], elem_classes=f"group group-{name}")
+            for name, _, label in GROUPS
         )
     said = gr.HTML("", elem_classes="said")
     _wire(text, preset, sliders)
@@ -59,7 +59,7 @@ def _wire(text: gr.Textbox, preset: gr.Dropdown, sliders: Sequence[gr.Slider]) -
 
     typed = [text.input, text.blur]  # what is pasted is no input to gradio; it is seen when the box is left
     gr.on(typed, lambda told: [_preset(told), *shown(told)], text, [preset, *sliders], **quiet)
-    preset.input(filled, preset, [text, *sliders], **quiet)
+    preset.select(filled, preset, [text, *sliders], **quiet)
     moved = [slider.input for slider in sliders]
     gr.on(moved, lambda told, *at: [slid(told, at), None], [text, *sliders], [text, preset], **quiet)
 

@@ -41,7 +41,7 @@ class Form:
     def inputs(self) -> set[Any]:
         """What `job` wants the values of."""
         own = {widget for name, widget in vars(self).items() if name not in ("rack", "compare")}
-        return own | self.rack.inputs | self.compare.inputs
+        return own | self.rack.inputs
 
     def job(self, values: Mapping[Any, Any]) -> Job:
         """The job that the widgets' values describe, the prompt's LoRA tags among its LoRAs.
@@ -146,9 +146,10 @@ def _wire(studio: Studio, page: gr.Blocks, form: Form, buttons: Buttons, shown: 
         studio.cancel(str(request.session_hash))
 
     inputs, results = form.inputs | {shown.shots}, [*vars(buttons).values(), *vars(shown).values(), form.seed]
+    compared = inputs | form.compare.inputs
     job: dict[str, Any] = {"concurrency_limit": 16, "trigger_mode": "once", **QUIET}
     gr.on([buttons.generate.click, form.prompt.submit], generate, inputs, results, **job)
-    buttons.compare.click(side_by_side, inputs, results, **job)
+    buttons.compare.click(side_by_side, compared, results, **job)
     buttons.cancel.click(cancel, None, None, queue=False, **QUIET)
     page.unload(cancel)
     rows = form.rack.rows

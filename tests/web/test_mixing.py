@@ -68,7 +68,7 @@ def test_block_presets_sliders_and_text_say_the_same(open_page: Open) -> None:
     page.get_by_text("off, as the list has no number for them: IN00, IN03, OUT00, OUT01, OUT02").wait_for()
     assert text.input_value() == "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1"
     assert page.locator(sliders).nth(2).input_value() == "0", "M is off"
-    set_number(page, "#lora-0 .group >> nth=2", 0.4)
+    set_number(page, "#lora-0 .group-MID", 0.4)
     page.wait_for_function("box => box.value.includes('MID:0.4')", arg=text.element_handle())
     write(page, "#lora-0 .blocks-text", "OUT11:0.5")
     page.get_by_text("no effect, as toybox has no such block: OUT11").wait_for()
