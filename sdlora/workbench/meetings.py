@@ -66,7 +66,7 @@ def meeting(name: str, parameters: Iterable[Measured], first: int, second: int) 
         name,
         (norm(parameters, first), norm(parameters, second)),
         (relative(parameters, first), relative(parameters, second)),
-        sum(overlap.inner for _, overlap in met) / both if both else None,
+        min(max(sum(overlap.inner for _, overlap in met) / both, -1.0), 1.0) if both else None,
         min(max(columns / of_matrices, 0.0), 1.0) if of_matrices else None,
         min(max(rows / of_matrices, 0.0), 1.0) if of_matrices else None,
     )
