@@ -59,7 +59,7 @@ def correlation(one: Tensor, other: Tensor) -> float:
     return float((one * other).sum() / (one.norm() * other.norm()))
 
 
-@pytest.mark.parametrize(("name", "other_name"), combinations_with_replacement(laws(0), 2))
+@pytest.mark.parametrize(("name", "other_name"), list(combinations_with_replacement(laws(0), 2)))
 def test_any_two_laws_meet_as_their_products_in_float64(name: str, other_name: str) -> None:
     base = normal(*SHAPE, seed=9)
     one, other = laws(0)[name], laws(1)[other_name]
