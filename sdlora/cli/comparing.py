@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from sdlora.cli.files import OVERWRITE, PARTIAL, Lora, _driven, _model, _tell_receipts
+from sdlora.cli.files import OVERWRITE, PARTIAL, Lora, driven, model_of, tell_receipts
 from sdlora.cli.flags import flag
 from sdlora.errors import SdloraError
 
@@ -47,11 +47,11 @@ def conflicts(*files: Lora, flags: Annotated[ConflictsFlags, Parameter(name="*")
 
     if flags.picture:
         refuse_picture(flags.picture, flags.overwrite)
-    found: Conflicts = _driven(comparing(files, _model(flags.base), flags.partial, default_cache()))
+    found: Conflicts = driven(comparing(files, model_of(flags.base), flags.partial, default_cache()))
     if flags.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
-        _tell_receipts(one.receipt for one in found.adapters)
+        tell_receipts(one.receipt for one in found.adapters)
         print(*lines(found), sep="\n")
     if flags.picture:
         save_heat_map(found, flags.picture, flags.overwrite)

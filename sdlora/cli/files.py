@@ -53,7 +53,7 @@ def inspect(*files: Lora, flags: Annotated[InspectFlags, Parameter(name="*")] = 
     if not files:
         raise SdloraError("no LoRA is given; name at least one file")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    base = _model(flags.base)
+    base = model_of(flags.base)
     told: list[dict[str, Any]] = []
     refused = False
     for file in files:
@@ -98,7 +98,7 @@ def convert(file: Lora, *, flags: Annotated[ConvertFlags, Parameter(name="*")] =
     from sdlora.workbench.output import refuse_place
 
     refuse_place(output, flags.naming, flags.overwrite)
-    base = _model(flags.base)
+    base = model_of(flags.base)
     work = workbench.convert(
         file,
         output,
@@ -109,7 +109,7 @@ def convert(file: Lora, *, flags: Annotated[ConvertFlags, Parameter(name="*")] =
         base.architecture if base else None,
         flags.partial,
     )
-    _done(output, _driven(work))
+    _done(output, driven(work))
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def blend(*loras: Loras, flags: Annotated[BlendFlags, Parameter(name="*")] = Ble
     parts = with_blocks([parse_part(text) for text in loras], flags.block or ())
     recipe = Recipe(flags.method, _keep(rank=flags.rank), flags.density, flags.seed)
     work = blend_files(
-        parts, output, recipe, _model(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
+        parts, output, recipe, model_of(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
     )
-    _done(output, _driven(work))
+    _done(output, driven(work))
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def resize(file: Lora, *, flags: Annotated[ResizeFlags, Parameter(name="*")] = R
     if keep is None:
         raise SdloraError("nothing says what to keep; give --rank, --ratio, --frobenius or --cumulative")
     work = resize_file(
-        file, output, keep, _model(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
+        file, output, keep, model_of(flags.base), flags.naming, _dtype(flags.dtype), flags.overwrite, flags.partial
     )
-    _done(output, _driven(work))
+    _done(output, driven(work))
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,9 @@ def extract(tuned: Model, *, flags: Annotated[ExtractFlags, Parameter(name="*")]
 
     refuse_place(output, flags.naming, flags.overwrite)
     keep, dtype = _keep(flags.rank, flags.ratio, flags.frobenius, flags.cumulative), _dtype(flags.dtype)
-    base, other = _model(flags.base), _model(tuned)
+    base, other = model_of(flags.base), model_of(tuned)
     assert base and other and keep and dtype
-    found = _driven(workbench.extract(base, other, keep, flags.clamp, flags.component, flags.whole, dtype))
+    found = driven(workbench.extract(base, other, keep, flags.clamp, flags.component, flags.whole, dtype))
     write(found.adapter, output, flags.naming, dtype, flags.overwrite)
     _done(output, Written((), found.kept))
     for what, names in (("differ and were not taken", found.left), ("are in one model only", found.absent)):
@@ -231,7 +231,7 @@ def merge(*loras: Loras, flags: Annotated[MergeFlags, Parameter(name="*")] = Mer
     output = _output(flags.output)
     if not loras:
         raise SdloraError("no LoRA is given; name files with weights, such as A.safetensors:0.8 B.safetensors:0.5")
-    base = _model(flags.base)
+    base = model_of(flags.base)
     if base is None:
         raise SdloraError("no base is given; name the model to merge into with --base")
     from sdlora.workbench import merge as workbench
@@ -243,8 +243,8 @@ def merge(*loras: Loras, flags: Annotated[MergeFlags, Parameter(name="*")] = Mer
         workbench.Parent(one.adapter, one.weights.of(list(one.adapter.deltas)), one.part.path.name, one.receipt.sha256)
         for one in opened
     ]
-    done = _driven(workbench.merge(base, parents, output, _dtype(flags.dtype), flags.overwrite))
-    _tell_receipts(one.receipt for one in opened)
+    done = driven(workbench.merge(base, parents, output, _dtype(flags.dtype), flags.overwrite))
+    tell_receipts(one.receipt for one in opened)
     print(f"{output}: {len(done.changed)} parameters changed")
     notes = (
         ("learned tokens cannot be merged", done.not_merged),
@@ -262,7 +262,8 @@ def _output(path: Path | None) -> Path:
     return path
 
 
-def _model(name: str | None) -> Checkpoint | None:
+def model_of(name: str | None) -> Checkpoint | None:
+    """The base model that a flag names."""
     if name is None:
         return None
     from sdlora import toybox
@@ -289,7 +290,7 @@ def _keep(
     return None if (rank, ratio, frobenius, cumulative) == (None,) * 4 else Keep(rank, ratio, frobenius, cumulative)
 
 
-def _driven(work: Generator[Any, None, Any]) -> Any:
+def driven(work: Generator[Any, None, Any]) -> Any:
     """What the work comes to, with a bar while it goes on."""
     from tqdm import tqdm
 
@@ -306,13 +307,13 @@ def _driven(work: Generator[Any, None, Any]) -> Any:
 def _done(output: Path, written: Written) -> None:
     from sdlora.cli.show import kept_lines
 
-    _tell_receipts(written.receipts)
+    tell_receipts(written.receipts)
     for line in kept_lines(written.kept):
         print(line)
     print(output)
 
 
-def _tell_receipts(receipts: Iterable[Receipt]) -> None:
+def tell_receipts(receipts: Iterable[Receipt]) -> None:
     """What of the files read did not apply, by name, and what else is worth knowing."""
     for receipt in receipts:
         if receipt.notes or not receipt.complete:

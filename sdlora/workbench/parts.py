@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,11 @@ def _shared(receipts: Sequence[Receipt]) -> Architecture | None:
         return None
     shared = [name for name in receipts[0].made_for if all(name in one.made_for for one in receipts if one.made_for)]
     if not shared:
-        other = next(one for one in receipts if one.made_for and not {*one.made_for} & {*receipts[0].made_for})
-        here, there = (LABELS[one.made_for[0]] for one in (receipts[0], other))
-        raise SdloraError(
-            f"{receipts[0].path} is for {here} and {other.path} for {there}; take LoRAs of one base model"
-        )
+        pairs = list(combinations([one for one in receipts if one.made_for], 2))
+        # Three may share something two by two and nothing together.
+        odd = next((pair for pair in pairs if not {*pair[0].made_for} & {*pair[1].made_for}), pairs[-1])
+        here, there = (f"{one.path} is for {' or '.join(LABELS[name] for name in one.made_for)}" for one in odd)
+        raise SdloraError(f"{here} and {there}; take LoRAs of one base model")
     return next(one for one in known() if one.name == shared[0])
 
 
