@@ -147,7 +147,7 @@ class _Part(Protocol):
     slots: Slots
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add to the contiguous output y, in place, what the changes make of x. weights: (1 or batch, slots)."""
+        """Add to the output y, in place, what the changes make of x. weights: (1 or batch, slots)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,21 +158,13 @@ class _Layer:
     weights: _Weights
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        y = output
+        # Linear layers add to rows that must lie in order. Autograd does not need again what any of these kinds gives.
+        y = output.contiguous() if isinstance(module, nn.Linear) else output
         for part in self.parts:
-            weights = self.weights.of(part.slots, output)
+            weights = self.weights.of(part.slots, y)
             if weights is not None:
-                if y is output:
-                    y = _writable(module, output)
                 part.add(module, args[0].to(y.device, y.dtype), y, weights)
         return y
-
-
-def _writable(module: Any, output: Tensor) -> Tensor:
-    """The output itself, unless somebody wants gradients through it, or it must lie in order and does not."""
-    if output.requires_grad:
-        output = output.clone()
-    return output.contiguous() if isinstance(module, nn.Linear) else output
 
 
 class _Made:

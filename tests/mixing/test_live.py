@@ -400,6 +400,17 @@ def test_eight_adapters_launch_what_one_launches(rows: int):
     added = {name: count for name, count in (one - base).items() if name.overloadpacket.__name__ not in VIEWS}
     assert sum(added.values()) == (1 + rows) * len(adapters[0]), f"down, up, and the weights of the rows: {added}"
     assert torch.ops.aten._local_scalar_dense.default not in one, "nothing waits for the numbers"
+    live.weigh(torch.zeros(rows, 8))
+    assert counted(pipeline) == base
+
+
+def test_more_ranks_than_the_matrix_has_are_applied_as_one_change():
+    pipeline = tiny_pipeline()
+    base = counted(pipeline)
+    many = LowRank(numbers(24, 32), numbers(32, 24, seed=1), 2.0)
+    live_over(pipeline, terms_of({LINEAR: many}), torch.ones(1, 1))
+    added = {name.overloadpacket.__name__: count for name, count in (counted(pipeline) - base).items()}
+    assert {name: count for name, count in added.items() if name not in VIEWS} == {"addmm_": 1}
 
 
 @torch.no_grad()
