@@ -102,7 +102,8 @@ def remark(text: str, architecture: Architecture | None) -> str:
     if ":" in text:  # a group or a list may well mean blocks that only other models have, a name may not
         named = tuple(block for block in absent(factors, architecture) if block in text.upper())
         told.append((f"no effect, as {architecture.label} has no such block", named))
-    return markup.note("; ".join(f"{what}: {', '.join(blocks)}" for what, blocks in told if blocks))
+    line = "; ".join(f"{what}: {', '.join(blocks)}" for what, blocks in told if blocks)
+    return markup.note(line) if line else ""
 
 
 def _factors(text: str) -> Factors:

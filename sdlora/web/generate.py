@@ -168,11 +168,13 @@ def _run(
         jobs, together = (comparison.jobs, comparison.cells) if comparison else ((job,), 1)
         total = sum(one.count for one in jobs)
         yield {form.seed: job.seed}
+        mixer, notes = studio.mixer(job.model), ""
         done: list[Picture] = []
         made: list[Shot] = []  # of the sheet that is on its way
-        with closing(render(studio.mixer(job.model), *jobs)) as events:
+        with closing(render(mixer, *jobs)) as events:
             for event in events:
                 if isinstance(event, Picture):
+                    notes = outcome.left_out(mixer, event.job)
                     done.append(event)
                     made.append(shown.kept(studio, event))
                     whole = len(made) == together
@@ -187,7 +189,7 @@ def _run(
                     break
     cancelled = asked.is_set() and len(done) < total
     told = f"Cancelled after {_pictures(len(done))}." if cancelled else f"{_pictures(len(done))} done."
-    yield {shown.bar: markup.note(told)}
+    yield {shown.bar: markup.note(f"{told} {notes}".rstrip())}
 
 
 def _pictures(count: int) -> str:

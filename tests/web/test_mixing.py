@@ -20,9 +20,8 @@ def write(page: Any, where: str, text: str) -> None:
     box.press("Tab")
 
 
-def compare(page: Any, pictures: int) -> None:
-    """Press the button, and wait for the pictures and their sheet."""
-    shown = page.locator("#gallery img").count() + pictures + 1
+def compare(page: Any, shown: int) -> None:
+    """Press the button, and wait until so many pictures and sheets are shown."""
     page.locator("#compare-go").click()
     page.wait_for_function("count => document.querySelectorAll('#gallery img').length == count", arg=shown)
     page.locator("#compare-go").wait_for()
@@ -129,17 +128,22 @@ def test_loras_come_together_in_three_ways(open_page: Open) -> None:
     assert len(pictures) == 3
 
 
-def test_a_ladder_is_one_run_and_one_sheet(open_page: Open) -> None:
+def test_a_ladder_is_one_run_and_one_sheet_for_each_seed(open_page: Open) -> None:
     page = with_alpha(open_page)
+    set_number(page, "#pictures", 2)
     unfold(page, "#compare")
     set_number(page, "#axis-a .axis-count", 3)
-    compare(page, pictures=3)
+    compare(page, shown=8)
     assert "compared\nalpha 0 to 1.25" in page.locator("#details").inner_text()
     with Image.open(file_shown(page)) as sheet:
         assert sheet.width > 2 * sheet.height, "three pictures side by side, with their weights above them"
-    for i, weight in enumerate((0.0, 0.625, 1.25), start=1):
-        caption = page.locator("#gallery img").nth(i).get_attribute("alt")
-        assert caption == f"seed 0 · alpha {weight:g}"
+    captions = [image.get_attribute("alt") for image in page.locator("#gallery img").all()]
+    rungs = {seed: [f"seed {seed} · alpha {weight}" for weight in ("0", "0.625", "1.25")] for seed in (0, 1)}
+    sheets = {seed: f"sheet · alpha 0 to 1.25 · seed {seed}" for seed in (0, 1)}
+    assert captions == [sheets[1], *rungs[1], sheets[0], *rungs[0]]
+    page.locator("#gallery img").nth(2).click()
+    page.locator("#details", has_text="alpha 0.625").wait_for()
+    assert job_shown(page).loras[0].text_encoder == 0.625
 
 
 def test_a_grid_of_two_loras_has_every_pair_of_weights(open_page: Open) -> None:
@@ -152,7 +156,7 @@ def test_a_grid_of_two_loras_has_every_pair_of_weights(open_page: Open) -> None:
     for axis in ("a", "b"):
         set_number(page, f"#axis-{axis} .axis-count", 2)
         set_number(page, f"#axis-{axis} .axis-stop", 1)
-    compare(page, pictures=4)
+    compare(page, shown=5)
     captions = [image.get_attribute("alt") for image in page.locator("#gallery img").all()[1:]]
     assert captions == [f"seed 0 · alpha {a} · beta {b}" for b in (0, 1) for a in (0, 1)]
 
