@@ -128,9 +128,9 @@ def architecture_of(components: Mapping[str, "nn.Module"]) -> Architecture:
     """
     from torch import nn
 
-    from sdlora.lowrank.targets import modules_of
+    from sdlora.lowrank.targets import modules_of, shape_of
 
-    shapes = {path: tuple(module.weight.shape) for path, module in modules_of(components).items()}
+    shapes = {path: shape_of(module, "weight") for path, module in modules_of(components).items()}
     norms = modules_of(components, kinds=(nn.GroupNorm, nn.LayerNorm))
     widths = {path: tuple(module.weight.shape) for path, module in norms.items()}
     same = next((one for one in known() if _inner(one.shapes) == _inner(shapes)), None)

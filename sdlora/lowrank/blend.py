@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from math import isfinite, log2, prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.lowrank.adapter import Adapter, Embeddings
-from sdlora.lowrank.effect import factor_pair, linear_change
+from sdlora.lowrank.effect import balanced, factor_pair, linear_change
 from sdlora.lowrank.laws import Delta, Full, LowRank, Replacement
 from sdlora.lowrank.laws.delta import Shape, times
 from sdlora.lowrank.targets import matching
@@ -214,20 +214,13 @@ def _pairs(place: _Place) -> list[Pair]:
 
 def _joined(place: _Place, pairs: Sequence[Pair], keep: Keep | None) -> Outcome:
     """The sum of the products: the factors side by side, and truncated where `keep` or the size of the matrix asks."""
-    pairs = [_balanced(*pair) for pair in pairs]
+    pairs = [balanced(*pair) for pair in pairs]
     whole = shaped(torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]), place.shape)
     keep = keep or Keep()
     if keep.keeps_all(whole.rank) and whole.rank <= min(place.shape[0], prod(place.shape[1:])):
         narrow = replace(whole, up=whole.up.float(), down=whole.down.float())
         return Outcome(place.path, narrow, Kept(whole.rank, whole.rank, 1.0, 0.0))
     return Outcome(place.path, *truncate(whole, keep))
-
-
-def _balanced(up: Tensor, down: Tensor) -> Pair:
-    """The same product with factors of about one size, so that 16 bits hold both; moved by a power of two, exactly."""
-    ratio = float(up.norm() / down.norm())
-    power = 2.0 ** round(log2(ratio) / 2) if 0 < ratio < float("inf") else 1.0
-    return up / power, down * power
 
 
 def _changes(place: _Place) -> list[Tensor]:

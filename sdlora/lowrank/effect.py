@@ -5,6 +5,7 @@ Nothing here imports torch, so that whoever only describes files can import it.
 
 from __future__ import annotations
 
+from math import log2
 from typing import TYPE_CHECKING
 
 from sdlora.lowrank.laws import Delta, Full, Kronecker, LowRank
@@ -26,6 +27,13 @@ def factor_pair(delta: LowRank) -> tuple[Tensor, Tensor]:
         mid = delta.mid.detach().double()
         down = (mid.flatten(2).transpose(1, 2) @ down).transpose(1, 2).flatten(1)  # (m, hw, n) @ (n, i)
     return up, down
+
+
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with factors of about one size, so that 16 bits hold both; moved by a power of two, exactly."""
+    ratio = float(up.norm() / down.norm())
+    power = 2.0 ** round(log2(ratio) / 2) if 0 < ratio < float("inf") else 1.0
+    return up / power, down * power
 
 
 def norm(delta: LowRank) -> float:

@@ -45,6 +45,20 @@ def modules_of(components: Mapping[str, nn.Module], kinds: tuple[type[nn.Module]
     }
 
 
+def shape_of(module: Any, attribute: str) -> tuple[int, ...]:
+    """The true shape of a module's weight or bias, which may be packed (4 bits) or lie elsewhere (meta).
+
+    A bias that the module does not have would have one value for each output.
+    """
+    if isinstance(module, nn.Linear):
+        shape: tuple[int, ...] = (module.out_features, module.in_features)
+    elif isinstance(module, nn.Conv2d):
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    else:
+        shape = tuple(module.weight.shape)
+    return shape[:1] if attribute == "bias" else shape
+
+
 def select(components: Mapping[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
     """Paths of the Linear and Conv2d modules that `targets` names, in the model's order (see `modules_of`).
 

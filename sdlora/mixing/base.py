@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sdlora.errors import SdloraError, nearest
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws.delta import times
-from sdlora.lowrank.targets import WRAPPABLE, modules_of
+from sdlora.lowrank.targets import WRAPPABLE, modules_of, shape_of
 from sdlora.mixing.merged import Terms, merge
-from sdlora.mixing.placement import obstacle, readable, shape_of
+from sdlora.mixing.placement import obstacle, readable
 from sdlora.mixing.untouched import Untouched
 
 KINDS = (*WRAPPABLE, nn.GroupNorm, nn.LayerNorm)
@@ -27,6 +27,7 @@ class Base:
     """
 
     def __init__(self, components: Mapping[str, nn.Module], source: Path | None) -> None:
+        self._components = components
         modules = modules_of(components, KINDS)
         self.modules: dict[str, Any] = {path: one for path, one in modules.items() if one.weight is not None}
         self._untouched = Untouched(source)
@@ -58,9 +59,9 @@ class Base:
         module, attribute = _split(path)
         return shape_of(self.modules[module], attribute)
 
-    def unmergeable(self, path: str) -> bool:
-        """Whether the parameter's module is quantised or offloaded, so that it can only be changed live."""
-        return bool(obstacle(self.modules[_split(path)[0]]))
+    def unmergeable(self) -> frozenset[str]:
+        """The components that are quantised or offloaded now, so that they can only be changed live."""
+        return frozenset(name for name, part in self._components.items() if obstacle(part))
 
     def original(self, path: str) -> Tensor | None:
         """The untouched parameter; None for a bias that the base lacks."""

@@ -9,7 +9,7 @@ weight * (W' - W0): those are written out once and stacked.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import log2, prod
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.effect import factor_pair
+from sdlora.lowrank.effect import balanced, factor_pair
 from sdlora.lowrank.laws import Delta, LowRank, Sum
 from sdlora.lowrank.laws.delta import check_fit
-from sdlora.mixing.placement import shape_of
+from sdlora.lowrank.targets import shape_of
 
 Slotted = tuple[tuple[Delta, int], ...]  # deltas, each with the slot of its weight
 LiveTerms = Mapping[str, Slotted]  # by parameter path: "unet...to_q", "unet...to_q.bias"
@@ -336,7 +336,7 @@ def _side_by_side(deltas: Sequence[LowRank], shape: Sequence[int]) -> tuple[Tens
     """down (ranks, in[, kh, kw]) and up (out, ranks) of all deltas, in float32."""
     for delta in deltas:
         check_fit(delta, shape)
-    pairs = [_balanced(*factor_pair(delta)) for delta in deltas]
+    pairs = [balanced(*factor_pair(delta)) for delta in deltas]
     down = torch.cat([down.float() for _, down in pairs])
     return down.reshape(-1, *shape[1:]), torch.cat([up.float() for up, _ in pairs], 1)
 
@@ -348,10 +348,3 @@ def _stacked(deltas: Sequence[Delta], path: str, shape: Sequence[int], base: Bas
         found = base(path)
         untouched = untouched if found is None else found.detach()
     return (torch.stack([delta.weight(untouched) for delta in deltas]),)
-
-
-def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with factors of about one size, so that 16 bits hold both; moved by a power of two, exactly."""
-    ratio = float(up.norm() / down.norm())
-    power = 2.0 ** round(log2(ratio) / 2) if 0 < ratio < float("inf") else 1.0
-    return up / power, down * power

@@ -230,7 +230,7 @@ class Mixer:
         names = {name for row in rows for name in row}
         order = sorted(names, key=lambda name: (books[name].content, name))
         adapters = {name: books[name].adapter for name in order}
-        return ways(rows, adapters, lambda path: live or self._base.unmergeable(path))
+        return ways(rows, adapters, self._components if live else self._base.unmergeable())
 
     def _vocabularies_for(self, books: Mapping[str, Book]) -> dict[str, Vocabulary]:
         """What the text encoders read with these adapters: as little anew as can be."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import SdloraError
+from sdlora.lowrank.targets import shape_of
 
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,20 +26,6 @@ def obstacle(root: nn.Module) -> str:
             kind = str(weight.dtype)[6:] if type(weight) is nn.Parameter else type(weight).__name__
             return f"its weights are quantised ({kind})"
     return ""
-
-
-def shape_of(module: Any, attribute: str) -> tuple[int, ...]:
-    """The true shape of a module's weight or bias, which may be packed (4 bits) or lie elsewhere (meta).
-
-    A bias that the module does not have would have one value for each output.
-    """
-    if isinstance(module, nn.Linear):
-        shape: tuple[int, ...] = (module.out_features, module.in_features)
-    elif isinstance(module, nn.Conv2d):
-        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    else:
-        shape = tuple(module.weight.shape)
-    return shape[:1] if attribute == "bias" else shape
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,8 +48,8 @@ class Ways:
         return self.fixed * torch.tensor(table).reshape(self.fixed.shape)
 
 
-def ways(rows: Sequence[Row], adapters: Mapping[str, Adapter], live: Callable[[str], bool]) -> Ways:
-    """How these rows are applied: live where rows differ or a schedule moves, and where `live` says so of a parameter.
+def ways(rows: Sequence[Row], adapters: Mapping[str, Adapter], live: Collection[str]) -> Ways:
+    """How these rows are applied: live where they differ or a schedule moves, and in the components `live`.
 
     adapters: by name, in the order in which their terms are added.
     """
@@ -65,7 +65,7 @@ def ways(rows: Sequence[Row], adapters: Mapping[str, Adapter], live: Callable[[s
                 levels[place] = {_level(lora, place) for lora in settings}
             found = levels[place]
             (level, *others) = found
-            if level is None or others or (level and live(path)):
+            if level is None or others or (level and place[0] in live):
                 slot = slots.setdefault((name, place), len(slots))
                 beside[path] = (*beside.get(path, ()), (delta, slot))
             elif level:

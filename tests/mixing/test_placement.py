@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import SdloraError
-from sdlora.mixing.placement import obstacle, readable, shape_of
+from sdlora.lowrank.targets import shape_of
+from sdlora.mixing.placement import obstacle, readable
 from tests.mixing.test_live import modules_in
 from tests.tiny import tiny_pipeline
 
