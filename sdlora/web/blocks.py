@@ -58,14 +58,14 @@ def _wire(text: gr.Textbox, preset: gr.Dropdown, sliders: Sequence[gr.Slider]) -
         return [told, *shown(told)]
 
     typed = [text.input, text.blur]  # what is pasted is no input to gradio; it is seen when the box is left
-    gr.on(typed, lambda told: [_preset(told), *shown(told)], text, [preset, *sliders], **quiet)
+    gr.on(typed, lambda told: [preset_of(told), *shown(told)], text, [preset, *sliders], **quiet)
     preset.select(filled, preset, [text, *sliders], **quiet)
     moved = [slider.input for slider in sliders]
     gr.on(moved, lambda told, *at: [slid(told, at), None], [text, *sliders], [text, preset], **quiet)
 
 
-def _preset(text: str) -> str | None:
-    """The name of the preset that the text is."""
+def preset_of(text: str) -> str | None:
+    """The name of the preset that a text is, by name or list."""
     return next((name for name, told in PRESETS.items() if text.strip() in (name, told)), None)
 
 

@@ -89,7 +89,10 @@ def build(studio: Studio, page: gr.Blocks) -> None:
 
 
 def _form(studio: Studio) -> tuple[Form, Buttons, gr.HTML]:
-    prompt = gr.Textbox("a red cat in a meadow", label="Prompt", lines=2, max_length=4000, elem_id="prompt")
+    prompt = gr.Textbox(
+        "a red cat in a meadow", label="Prompt", lines=2, max_length=4000, elem_id="prompt",
+        placeholder="what to paint; <lora:name:0.8>, (word:1.2) and [from:to:0.5] are understood",
+    )  # fmt: skip
     negative_prompt = gr.Textbox("", label="Negative prompt", lines=1, max_length=4000, elem_id="negative")
     with gr.Row(elem_classes="go-row"):
         go = gr.Button("Generate", variant="primary", elem_id="generate")

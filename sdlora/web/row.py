@@ -75,7 +75,8 @@ class Row:
         """
         there = architecture.components if architecture else ("text_encoder",)
         apart = {one for name, one in self.encoders.items() if name in there and not values[self.follows]}
-        texts = {"blocks": values[self.blocks.text].strip(), "schedule": values[self.timing.text].strip()}
+        listed = values[self.blocks.text].strip()
+        texts = {"blocks": blocks.preset_of(listed) or listed, "schedule": values[self.timing.text].strip()}
         changed = [f"{ENCODERS[name]} {values[one]:g}" for name, one in self.encoders.items() if one in apart]
         changed += [f"{name} {markup.cut(text)}" for name, text in texts.items() if text]
         return {

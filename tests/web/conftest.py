@@ -23,7 +23,7 @@ from tests.conftest import random_adapter
 from tests.tiny import tiny_folder
 from tests.web.pages import Open
 
-WAIT = 20_000  # milliseconds, for the slowest machine
+WAIT = 60_000  # milliseconds, for the slowest machine
 SERVE = "from sdlora.web.app import serve; serve(models=[{!r}], libraries=[{!r}], output={!r}, port={})"
 
 
