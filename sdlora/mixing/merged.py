@@ -1,6 +1,7 @@
 """What a parameter holds with a mix: the untouched one and all its deltas, summed in float32 and rounded once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from sdlora.lowrank.laws.delta import check_fit, wide
 
 Terms = tuple[tuple[Delta, float], ...]  # deltas and their weights; the order decides the last bits of the sum
 
-# Rows of other widths are multiplied by BLAS libraries in ways that differ with where in memory they begin.
-EVEN = 16
+# Values that are computed at a time on a CPU: few enough for its caches and for memory that is at hand, not fetched
+# from the system and given back each time; many enough to keep its cores at work.
+BLOCK = 2**19
+# oneDNN's product of matrices; None in builds of torch without it.
+ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 @torch.no_grad()
@@ -23,31 +27,42 @@ def merge(untouched: Tensor, terms: Terms, out: Tensor) -> None:
     overflows the dtype; `out` is of no use then.
     """
     untouched = untouched.to(out.device)  # a model may have been moved since
-    direct = out.dtype == torch.float32 and out.is_contiguous() and out[0].numel() % EVEN == 0
-    total = out if direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    total.copy_(untouched)
     pairs = [(delta, weight) for delta, weight in terms if isinstance(delta, LowRank) and delta.mid is None]
-    if pairs:
-        _add_pairs(total, pairs)
+    rest = None
     for delta, weight in terms:
         if not isinstance(delta, LowRank) or delta.mid is not None:
-            total += weight * delta.weight(untouched)
-    if not direct:
-        out.copy_(total)
+            change = weight * delta.weight(untouched)
+            rest = change if rest is None else rest + change
+    if pairs:
+        _add_pairs(untouched, pairs, rest, out)
+    elif rest is not None:
+        torch.add(untouched, rest, out=out)
+    else:
+        out.copy_(untouched)
     if not _finite(out):
         raise SdloraError(f"the mix overflows {str(out.dtype).removeprefix('torch.')}; use smaller weights")
 
 
-def _add_pairs(total: Tensor, pairs: Sequence[tuple[LowRank, float]]) -> None:
-    """total += [w1 up1 | w2 up2 ...] @ [down1; down2; ...]: one product for any number of adapters.
-
-    Nothing as large as the parameter is made on the way.
-    """
+def _add_pairs(untouched: Tensor, pairs: Sequence[tuple[LowRank, float]], rest: Tensor | None, out: Tensor) -> None:
+    """out = untouched + rest + [w1 up1 | w2 up2 ...] @ [down1; down2; ...]: one product for any number of adapters."""
     for delta, _ in pairs:
-        check_fit(delta, total.shape)
-    up = torch.cat([wide(delta.up, total).flatten(1) * (delta.scale * weight) for delta, weight in pairs], 1)
-    down = torch.cat([wide(delta.down, total).flatten(1) for delta, _ in pairs])
-    total.view(len(total), -1).addmm_(up, down)
+        check_fit(delta, out.shape)
+    up = torch.cat([wide(delta.up, out).flatten(1) * (delta.scale * weight) for delta, weight in pairs], 1)
+    down = torch.cat([wide(delta.down, out).flatten(1) for delta, _ in pairs])
+    rows = max(1, BLOCK // down.shape[1]) if out.device.type == "cpu" else len(out)
+    for first in range(0, len(out), rows):
+        block = slice(first, first + rows)
+        change = _product(up[block], down).view(-1, *out.shape[1:])
+        if rest is not None:
+            change += rest[block]
+        torch.add(untouched[block], change, out=out[block])
+
+
+def _product(up: Tensor, down: Tensor) -> Tensor:
+    """up @ down: by oneDNN on a CPU, which has kernels for all of them, where MKL makes half use of those of AMD."""
+    if ONEDNN is not None and up.device.type == "cpu":
+        return ONEDNN(up, down.T, None, "none", [], "")
+    return up @ down
 
 
 def _finite(parameter: Tensor) -> bool:
