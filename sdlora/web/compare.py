@@ -63,13 +63,9 @@ class Comparison:
     @property
     def told(self) -> str:
         """ "style 0 to 1.25 × zib 0 to 1"."""
-        spans = (
-            f"{Path(begin.path).stem} {begin.unet:g} to {end.unet:g}"
-            for begin, end in (
-                (self.jobs[0].loras[i], self.jobs[-1].loras[i]) for i in (self.first, self.second) if i >= 0
-            )
-        )
-        return " × ".join(spans)
+        first, last = self.jobs[0].loras, self.jobs[-1].loras
+        places = (self.first, self.second) if self.second >= 0 else (self.first,)
+        return " × ".join(f"{Path(first[i].path).stem} {first[i].unet:g} to {last[i].unet:g}" for i in places)
 
     def sheet(self, pictures: Sequence[Picture]) -> Image.Image:
         """Of the pictures of one seed."""
