@@ -129,7 +129,7 @@ class Studio:
 
 
 def row(studio: Studio, way: Way, many: int, few: int) -> str:
-    """A way's line: each trait, the place, and all three traits where all are asked for; then both traits of each pair."""
+    """A way's line: traits, place and all three traits where all are asked for; then both traits of each pair."""
     three = studio.met(way, THREE, many)
     cells = [share([one[i] for one in three]) for i in range(4)]
     cells.append(f"**{share([all(one[:3]) for one in three], interval=True)}**")
