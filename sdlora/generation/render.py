@@ -21,8 +21,8 @@ from sdlora.mixing.plan import Plan
 from sdlora.mixing.schedule import progress_of
 from sdlora.models.families import Conditioning, family_of
 
-FEW_STEPS = 2  # of a job that merging would not pay for
-ROWS = 16  # pictures that are denoised together
+FEW_STEPS = 2  # of a job that merging would not pay for: it costs about as much as two steps of live layers
+AT_ONCE = 16 * 512 * 512  # pixels that are denoised together unless the caller says how many pictures
 
 _remembered: WeakKeyDictionary[Mixer, Remembered] = WeakKeyDictionary()
 
@@ -66,11 +66,11 @@ class Told:
         return [(weight, _stacked([meaning[key] for meaning in self.meanings], each)) for weight, key in texts]
 
 
-def render(mixer: Mixer, *jobs: Job, rows: int = ROWS) -> Generator[Progress | Picture, None, None]:
+def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progress | Picture, None, None]:
     """Render jobs: Progress at every step, a Picture whenever one is done, in the order of the jobs.
 
     Pictures of a single job are made one by one, so that each is what it is alone. Several jobs that differ in nothing
-    but LoRA weights and seeds (a ladder, a grid) are denoised together, `rows` at a time, each with its own weights.
+    but LoRA weights and seeds (a ladder, a grid) are denoised together, `rows` at a time (None: 16 of 512x512), each with its own weights.
     They run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
     or is closed. Closing the iterator cancels within one step.
     """
@@ -79,7 +79,7 @@ def render(mixer: Mixer, *jobs: Job, rows: int = ROWS) -> Generator[Progress | P
         yield Progress(0, 0, wanted[0].steps)
     try:
         done = 0
-        for batch in _batches(wanted, rows if len(jobs) > 1 else 1):
+        for batch in _batches(wanted, (rows or _room(mixer, jobs[0])) if len(jobs) > 1 else 1):
             batch, steps = hold(mixer, batch), len(scheduler_for(mixer.pipeline, batch[0]).timesteps)
             latents: Tensor | None = None
             for step, latents in enumerate(denoise(mixer, batch), start=1):  # noqa: B007 the last ones are decoded
@@ -102,7 +102,7 @@ def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
         plans = [plan.only(family_of(mixer.pipeline).text_encoders) for plan in plans]
     held = mixer.hold(*plans, partial=batch[0].partial, live=_short(batch[0]))
     hashes = {lora.path: lora.sha256 for plan in held for lora in plan.loras}
-    own = mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
+    own = _own_side(mixer)
     return [
         replace(
             job,
@@ -183,6 +183,16 @@ def _batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
         batch.append(job)
     if batch:
         yield batch
+
+
+def _room(mixer: Mixer, job: Job) -> int:
+    own = _own_side(mixer)
+    return max(1, AT_ONCE // ((job.width or own) * (job.height or own)))
+
+
+def _own_side(mixer: Mixer) -> int:
+    """Pixels of the model's own pictures."""
+    return mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
 
 
 def _frame(job: Job) -> Job:

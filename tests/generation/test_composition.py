@@ -77,6 +77,12 @@ def test_a_ladder_renders_its_pictures_in_order_with_jobs_that_make_them_again(m
         assert np.abs(difference).max() <= 2 and alone.job == picture.job
 
 
+def test_large_pictures_are_denoised_few_at_a_time(mixer: Mixer, loras, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sdlora.generation.render.AT_ONCE", 3 * 64 * 48 + 1)
+    events = render(mixer, *ladder(replace(JOB, loras=loras[:1]), 0, [0, 1, 2, 3, 4]))
+    assert [event.together for event in events if isinstance(event, Progress) and event.step == 1] == [3, 2]
+
+
 def test_jobs_that_differ_in_more_than_weights_are_rendered_one_by_one(mixer: Mixer, loras):
     events = list(render(mixer, JOB, replace(JOB, prompt="a dog"), replace(JOB, steps=2)))
     assert {event.together for event in events if isinstance(event, Progress)} == {1}
