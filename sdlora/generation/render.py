@@ -70,7 +70,8 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
     """Render jobs: Progress at every step, a Picture whenever one is done, in the order of the jobs.
 
     Pictures of a single job are made one by one, so that each is what it is alone. Several jobs that differ in nothing
-    but LoRA weights and seeds (a ladder, a grid) are denoised together, `rows` at a time (None: 16 of 512x512), each with its own weights.
+    but LoRA weights and seeds (a ladder, a grid) are denoised together, each with its own weights: `rows` at a time,
+    None for 16 of 512x512 pixels, and more or fewer of other sizes.
     They run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
     or is closed. Closing the iterator cancels within one step.
     """
