@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sdlora.errors import SdloraError
 from sdlora.lowrank.laws import IA3, Delta, DoRA, Full, LowRank, Replacement
-from sdlora.mixing.merged import Terms, merge
+from sdlora.mixing.merged import BLOCK, Terms, merge
 from tests.mixing.test_parameters import LAWS
 
 SHAPES = [(32, 32), (32, 32, 3, 3), (32, 32, 1, 1)]
@@ -47,6 +47,25 @@ def test_any_number_of_low_rank_pairs_is_their_weighted_sum(count: int, shape: t
     expected = untouched.double().flatten(1) + sum(weight * product(delta) for delta, weight in terms)
     assert (merged(untouched, terms).double().flatten(1) - expected).abs().max() < 2e-6
     assert (untouched.double().flatten(1) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("block", [1, 900, 2**30])
+def test_blocks_of_rows_make_up_the_whole_with_any_product_of_matrices(monkeypatch, block: int, onednn: bool):
+    monkeypatch.setattr("sdlora.mixing.merged.BLOCK", block)
+    if not onednn:
+        monkeypatch.setattr("sdlora.mixing.merged.ONEDNN", None)
+    shape = (32, 16, 3, 3)
+    untouched, terms = numbers(*shape, seed=50), ((pair(shape, 4, 0), 0.7), (Full(numbers(*shape, seed=3)), 0.2))
+    expected = untouched.double() + 0.7 * product(terms[0][0]).view(shape) + 0.2 * numbers(*shape, seed=3).double()
+    assert (merged(untouched, terms).double() - expected).abs().max() < 1e-6
+
+
+def test_a_parameter_of_several_blocks_is_whole():
+    untouched, delta = numbers(1030, 700, seed=50), pair((1030, 700), 4, 0)
+    assert untouched.numel() > BLOCK and len(untouched) % (BLOCK // 700)
+    expected = untouched.double() + 0.7 * product(delta)
+    assert (merged(untouched, ((delta, 0.7),)).double() - expected).abs().max() < 1e-6
 
 
 def test_pointwise_and_flattened_pairs_are_the_same_as_those_in_the_parameters_shape():
