@@ -1,11 +1,11 @@
 """How often all that several LoRAs bring is in one picture, by the way in which they come together.
 
     python -m benchmarks.compositions                            # trains the three LoRAs and the judge first
-    python -m benchmarks.compositions STYLE CHARACTER THING      # LoRA files that are there already
+    python -m benchmarks.compositions STYLE CHARACTER FRAME      # LoRA files that are there already
 
-A style (blueprint), a character (zib) and a thing (balloon) on toybox, in the base's five places: all three in one
+A style (blueprint), a character (zib) and an extra (frame) on toybox, in the base's five places: all three in one
 picture, and each pair. Every way has the same prompts and seeds, 20 steps and guidance 3. A classifier looks at the
-pictures, which has learned from renders only: tools/toybox/balloon.py. Sheets of some of the pictures of every way go
+pictures, which has learned from renders only: tools/toybox/frame.py. Sheets of some of the pictures of every way go
 to --output; look at them before you believe the figures.
 """
 
@@ -20,13 +20,12 @@ from sdlora.generation.job import Job, LoraWeight
 from sdlora.generation.open import open_mixer
 from sdlora.generation.render import Picture, render
 from sdlora.mixing.mixer import Mixer
-from tools.toybox import balloon
+from tools.toybox import frame
 from tools.toybox.judge import Judge, Verdict, verdicts
 from tools.toybox.places import WORDS
-from tools.toybox.samples import write
 from tools.toybox.world import PLACES, STYLES, SUBJECTS, contact_sheet
 
-THIRD = Lesson(balloon.BALLOON, 700, 1.1e-3, 2e-3)
+THIRD = Lesson(frame.FRAMED, 500, 1.2e-3, 1e-3)
 TRIGGERS = (STYLE.trigger, CHARACTER.trigger, THIRD.trigger)
 ON_SHEET = 12  # pictures
 Z = 1.96  # standard deviations either way: 95 % of a normal distribution
@@ -60,26 +59,26 @@ class Wish:
     style: str
     subject: str
     place: str
-    balloon: bool
+    framed: bool
 
     @property
     def prompt(self) -> str:
         words, (place, *_) = STYLES[self.style].words or ("",), WORDS[self.place]
         thing = f"{'an' if self.subject[0] in 'aeiou' else 'a'} {self.subject}"
-        return f"{words[0]} {thing} {place}{' under a balloon' if self.balloon else ''}".strip()
+        return f"{words[0]} {thing} {place}{', framed' if self.framed else ''}".strip()
 
     @property
     def loras(self) -> list[int]:
         """The numbers of the LoRAs that it takes."""
-        return [i for i, here in enumerate((self.style == "blueprint", self.subject == "zib", self.balloon)) if here]
+        return [i for i, here in enumerate((self.style == "blueprint", self.subject == "zib", self.framed)) if here]
 
     def met(self, verdict: Verdict) -> list[bool]:
-        """Whether style, subject, balloon and place are as wanted."""
-        place, _, thing = verdict.place.partition(", ")
+        """Whether style, subject, frame and place are as wanted."""
+        place, _, framed = verdict.place.partition(", ")
         return [
             verdict.style == self.style,
             verdict.subject == self.subject,
-            bool(thing) == self.balloon,
+            bool(framed) == self.framed,
             place == self.place,
         ]
 
@@ -107,13 +106,13 @@ class Studio:
     output: Path
 
     def met(self, way: Way, wishes: Sequence[Wish], count: int) -> list[list[bool]]:
-        """Of `count` pictures, whether style, subject, balloon and place are as wanted. Writes a sheet of some."""
+        """Of `count` pictures, whether style, subject, frame and place are as wanted. Writes a sheet of some."""
         cases = [wishes[i * len(wishes) // count] for i in range(count)]
         jobs = [self._job(way, wish, seed) for seed, wish in enumerate(cases)]
         pictures = [event.image for event in render(self.mixer, *jobs) if isinstance(event, Picture)]
         some = pictures[:: max(1, count // ON_SHEET)]
         contact_sheet(some).save(self.output / f"{way.name} {cases[0].prompt}.png".replace(" ", "-").replace(",", ""))
-        found = verdicts(self.judge, pictures, balloon.LABELS)
+        found = verdicts(self.judge, pictures, frame.LABELS)
         return [wish.met(verdict) for wish, verdict in zip(cases, found, strict=True)]
 
     def _job(self, way: Way, wish: Wish, seed: int) -> Job:
@@ -152,14 +151,14 @@ def share(hits: Sequence[bool], interval: bool = False) -> str:
 
 def trained(output: Path) -> list[Path]:
     """The three LoRAs, trained as the demo trains two of them; runs that are there already go on or are done."""
-    write(output / "datasets" / THIRD.trigger, balloon.dataset(30, seed=5))
+    frame.write(output / "datasets" / THIRD.trigger)
     lessons = ((STYLE, Path("datasets")), (CHARACTER, Path("datasets")), (THIRD, output / "datasets"))
     return [train(lesson, datasets, output / lesson.trigger) for lesson, datasets in lessons]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loras", type=Path, nargs="*", metavar="LORA", help="of the style, the character and the thing")
+    parser.add_argument("loras", type=Path, nargs="*", metavar="LORA", help="of the style, the character and the frame")
     parser.add_argument("--output", type=Path, default=Path("outputs/compositions"))
     parser.add_argument("--pictures", type=int, default=100, help="of all three LoRAs, for each way")
     parser.add_argument("--pairs", type=int, default=40, help="pictures of each pair")
@@ -170,8 +169,8 @@ def main() -> None:
     loras = options.loras or trained(options.output)
     weights = options.output / "judge.safetensors"
     if not weights.exists():
-        print("the judge, right on unseen renders:", balloon.teach(weights))
-    studio = Studio(open_mixer("toybox"), loras, balloon.load(weights), options.output)
+        print("the judge, right on unseen renders:", frame.teach(weights))
+    studio = Studio(open_mixer("toybox"), loras, frame.load(weights), options.output)
     for wishes in ALONE:
         met = studio.met(Way("alone"), wishes, options.pairs)
         brought, kept = share([one[wishes[0].loras[0]] for one in met]), share([all(one) for one in met])
