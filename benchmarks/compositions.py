@@ -33,7 +33,7 @@ Z = 1.96  # standard deviations either way: 95 % of a normal distribution
 
 @dataclass(frozen=True)
 class Way:
-    """How LoRAs come together, each at `weight`."""
+    """How LoRAs come together, each at `weight`; the text encoders, which hear all at once, at 1 at most."""
 
     name: str
     weight: float = 1.0
@@ -48,7 +48,9 @@ WAYS = (
     Way("switch, every step", compose="switch"),
     Way("switch, every 2 steps", compose="switch", switch_every=2),
     Way("switch, every 5 steps", compose="switch", switch_every=5),
+    Way("switch, every step, at 1.5", 1.5, compose="switch"),
     Way("composite", compose="composite"),
+    Way("composite at 1.5", 1.5, compose="composite"),
 )
 
 
@@ -116,7 +118,8 @@ class Studio:
         return [wish.met(verdict) for wish, verdict in zip(cases, found, strict=True)]
 
     def _job(self, way: Way, wish: Wish, seed: int) -> Job:
-        loras = (LoraWeight(path=str(self.loras[i]), unet=way.weight, text_encoder=way.weight) for i in wish.loras)
+        heard = min(way.weight, 1.0)
+        loras = (LoraWeight(path=str(self.loras[i]), unet=way.weight, text_encoder=heard) for i in wish.loras)
         return Job(
             prompt=wish.prompt,
             loras=tuple(loras),
