@@ -20,6 +20,7 @@ from sdlora.generation.job import Job, LoraWeight
 from sdlora.generation.open import open_mixer
 from sdlora.generation.render import Picture, render
 from sdlora.mixing.mixer import Mixer
+from sdlora.workbench.conflicts import conflicts
 from tools.toybox import frame
 from tools.toybox.judge import Judge, Verdict, verdicts
 from tools.toybox.places import WORDS
@@ -33,25 +34,32 @@ Z = 1.96  # standard deviations either way: 95 % of a normal distribution
 
 @dataclass(frozen=True)
 class Way:
-    """How LoRAs come together, each at `weight`; the text encoders, which hear all at once, at 1 at most."""
+    """How LoRAs come together; weights: of style, character and frame, in the text encoders at most 1.
+
+    A LoRA that works in one step of three, or in one prediction of three, does a third of the work; hence those at 1.5.
+    """
 
     name: str
-    weight: float = 1.0
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     compose: str = "sum"
     switch_every: int = 1
 
 
-WAYS = (
-    Way("sum at 1.0"),
-    Way("sum at 0.8", 0.8),
-    Way("sum at 0.6", 0.6),
-    Way("switch, every step", compose="switch"),
-    Way("switch, every 2 steps", compose="switch", switch_every=2),
-    Way("switch, every 5 steps", compose="switch", switch_every=5),
-    Way("switch, every step, at 1.5", 1.5, compose="switch"),
-    Way("composite", compose="composite"),
-    Way("composite at 1.5", 1.5, compose="composite"),
-)
+def ways(loras: Sequence[Path]) -> tuple[Way, ...]:
+    equalised = conflicts(loras).equalised
+    assert equalised
+    return (
+        Way("sum at 1.0"),
+        Way("sum at 0.8", (0.8, 0.8, 0.8)),
+        Way("sum at 0.6", (0.6, 0.6, 0.6)),
+        Way(f"sum, equalised ({', '.join(f'{weight:.2f}' for weight in equalised)})", equalised),
+        Way("switch, every step", compose="switch"),
+        Way("switch, every 2 steps", compose="switch", switch_every=2),
+        Way("switch, every 5 steps", compose="switch", switch_every=5),
+        Way("switch, every step, at 1.5", (1.5, 1.5, 1.5), compose="switch"),
+        Way("composite", compose="composite"),
+        Way("composite at 1.5", (1.5, 1.5, 1.5), compose="composite"),
+    )
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,8 @@ class Studio:
         return [wish.met(verdict) for wish, verdict in zip(cases, found, strict=True)]
 
     def _job(self, way: Way, wish: Wish, seed: int) -> Job:
-        heard = min(way.weight, 1.0)
-        loras = (LoraWeight(path=str(self.loras[i]), unet=way.weight, text_encoder=heard) for i in wish.loras)
+        held = ((str(self.loras[i]), way.weights[i]) for i in wish.loras)
+        loras = (LoraWeight(path=path, unet=weight, text_encoder=min(weight, 1.0)) for path, weight in held)
         return Job(
             prompt=wish.prompt,
             loras=tuple(loras),
@@ -181,7 +189,7 @@ def main() -> None:
     pairs = [" + ".join(TRIGGERS[i] for i in wishes[0].loras) for wishes in PAIRS]
     heads = ["", *TRIGGERS, "the place", "all three (95 %)", *(f"{pair} (95 %)" for pair in pairs)]
     print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for way in WAYS:
+    for way in ways(loras):
         print(row(studio, way, options.pictures, options.pairs), flush=True)
 
 
