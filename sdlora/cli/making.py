@@ -97,15 +97,15 @@ class GenerateFlags:
         from sdlora.generation.composition import grid, ladder
 
         if self.ladder is None:
-            if self.grid:
+            if self.grid is not None:
                 raise SdloraError("--grid has no --ladder; give the weights of the first LoRA with --ladder")
             return (job,)
-        axes = 2 if self.grid else 1
+        axes = 1 if self.grid is None else 2
         if len(job.loras) < axes or job.count > 1:
             told = f"{axes} LoRAs" if axes > 1 else "a LoRA"
-            raise SdloraError(f"a {'grid' if self.grid else 'ladder'} wants {told} (--lora) and a count of 1")
+            raise SdloraError(f"a {'ladder' if self.grid is None else 'grid'} wants {told} (--lora) and a count of 1")
         weights = _numbers(self.ladder)
-        return grid(job, 0, weights, 1, _numbers(self.grid)) if self.grid else ladder(job, 0, weights)
+        return ladder(job, 0, weights) if self.grid is None else grid(job, 0, weights, 1, _numbers(self.grid))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -141,7 +141,7 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
             else:
                 bar.total = job.count * len(jobs) * event.steps
                 bar.update(event.picture * event.steps + event.together * event.step - bar.n)
-    if flags.ladder:
+    if flags.ladder is not None:
         columns, second = len(_numbers(flags.ladder)), 1 if flags.grid else -1
         image = compared([(picture.job, picture.image) for picture in pictures], columns, 0, second)
         print(save_sheet(image, flags.output, job))
@@ -159,13 +159,19 @@ def _library(folders: list[str] | None) -> list[Path]:
 
 def _tell_loras(mixer: Any, job: Job) -> None:
     """What of each LoRA is applied, and which of its settings do nothing."""
-    from sdlora.formats.block_weights import absent
+    from sdlora.formats.block_weights import absent, blocks_of
 
+    there = blocks_of(mixer.architecture)
     for lora in job.loras:
         print(mixer.receipt(lora.path).summary())
-        missing = ", ".join(absent(lora.blocks, mixer.architecture))
-        if missing:
-            print(f"note: {lora.path}: the model has no {missing}; their factors do nothing", file=sys.stderr)
+        off = ", ".join(block for block, factor in lora.blocks if not factor and block in there)
+        missing = ", ".join(absent(tuple(pair for pair in lora.blocks if pair[1]), mixer.architecture))
+        for note in (
+            off and f"{off} switched off",
+            missing and f"the model has no {missing}, whose factors do nothing",
+        ):
+            if note:
+                print(f"note: {lora.path}: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from sdlora.mixing.schedule import in_turn, product
 Voices = tuple[tuple[LoraWeight, ...], ...]  # what is mixed into each of the predictions whose mean a picture follows
 
 
-def voices(job: Job, steps: int) -> Voices:
-    """What each voice of the job's picture has; one but for "composite". steps: of the denoising.
+def voices(job: Job) -> Voices:
+    """What each voice of the job's picture has; one but for "composite".
 
     LoRA Switch and LoRA Composite (arXiv:2402.16843, section 3). Every voice hears the prompt through the text encoders
     with all the LoRAs in them, as trigger words mean nothing without.
@@ -21,8 +21,8 @@ def voices(job: Job, steps: int) -> Voices:
         return (job.loras,)
     if job.compose == "composite":
         return tuple((lora,) for lora in loras)
-    turns = [in_turn(i, len(loras), steps, job.switch_every) for i in range(len(loras))]
-    schedules = [product(lora.schedule, turn, steps) for lora, turn in zip(loras, turns, strict=True)]
+    turns = [in_turn(i, len(loras), job.steps, job.switch_every) for i in range(len(loras))]
+    schedules = [product(lora.schedule, turn, job.steps) for lora, turn in zip(loras, turns, strict=True)]
     return (tuple(replace(lora, schedule=one) for lora, one in zip(loras, schedules, strict=True)),)
 
 
@@ -38,5 +38,5 @@ def grid(job: Job, first: int, weights: Sequence[float], second: int, others: Se
 
 def _weighed(job: Job, index: int, weight: float) -> Job:
     loras = list(job.loras)
-    loras[index] = replace(loras[index], unet=weight, text_encoder=weight, text_encoder_2=None)
+    loras[index] = replace(loras[index], unet=weight, text_encoder=weight, text_encoder_2=None, on=True)
     return replace(job, loras=tuple(loras))

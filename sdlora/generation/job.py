@@ -55,6 +55,9 @@ class Job:
     count: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt", "model", "scheduler", "compose"):
+            if not isinstance(getattr(self, name), str):
+                raise SdloraError(f"the {name.replace('_', ' ')} is {getattr(self, name)!r}; it must be text")
         for name in ("prompt", "negative_prompt"):
             if any("\ud800" <= character <= "\udfff" for character in getattr(self, name)):
                 raise SdloraError(f"the {name.replace('_', ' ')} holds bytes that are no text; write it in UTF-8")

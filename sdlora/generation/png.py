@@ -63,7 +63,7 @@ def read_job(path: Path) -> Job:
         return Job(**{**told, "loras": tuple(map(from_dict, told["loras"]))})
     except (OSError, UnidentifiedImageError) as error:
         raise SdloraError(f"{path} is no readable picture; give a PNG that sdlora made") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SdloraError(f"{path} carries no sdlora settings; give a PNG that sdlora made") from error
 
 

@@ -16,7 +16,9 @@ from sdlora.generation.composition import voices
 from sdlora.generation.job import SCHEDULERS, Job
 from sdlora.generation.prompts.encode import Remembered, encode, encode_negative
 from sdlora.generation.prompts.syntax import Part, negative_of, parts_of
+from sdlora.generation.prompts.tags import refuse_tags
 from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.placement import obstacle
 from sdlora.mixing.plan import Plan
 from sdlora.mixing.schedule import progress_of
 from sdlora.models.families import Conditioning, family_of
@@ -75,6 +77,9 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
     They run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
     or is closed. Closing the iterator cancels within one step.
     """
+    mixer.refuse_within()
+    for job in jobs:
+        refuse_tags(job)
     wanted = [replace(job, seed=job.seed + i, count=1) for job in jobs for i in range(job.count)]
     while not mixer.lock.acquire(timeout=0.1):
         yield Progress(0, 0, wanted[0].steps)
@@ -99,7 +104,7 @@ def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
     A file named twice is an error. Where a file cannot be applied, SdloraError, and the mixer is as it was.
     """
     plans = [job.plan for job in batch]
-    if len(batch) > 1:
+    if len(batch) > 1 or batch[0].compose != "sum":  # the UNet's part comes with the voices
         plans = [plan.only(family_of(mixer.pipeline).text_encoders) for plan in plans]
     held = mixer.hold(*plans, partial=batch[0].partial, live=_short(batch[0]))
     hashes = {lora.path: lora.sha256 for plan in held for lora in plan.loras}
@@ -122,19 +127,21 @@ def denoise(mixer: Mixer, batch: Sequence[Job]) -> Iterator[Tensor]:
     parts of a prompt with AND add up what they differ by, each with its weight (Liu et al., arXiv:2206.01714).
     """
     job, scheduler = batch[0], scheduler_for(mixer.pipeline, batch[0])
-    steps = len(scheduler.timesteps)
+    calls = len(scheduler.timesteps)  # of the UNet; second-order schedulers make two a step
     told = _told(mixer, batch)
-    sung = [voices(job, steps) for job in batch]
+    sung = [voices(job) for job in batch]
     each = len(sung[0])
     plans = [Plan(job.model, voice) for one in sung for voice in one]
-    mixer.apply(*(plan.only(("unet",)) for plan in plans) if len(plans) > 1 else plans, live=_short(job))
+    whole = len(plans) == 1  # and has the text encoders' part too, which then stays for the next job
+    mixer.apply(*(plans if whole else (plan.only(("unet",)) for plan in plans)), live=_short(job))
     chance = [torch.Generator().manual_seed(job.seed) for job in batch]
     latents = _noise(mixer.pipeline, batch, chance) * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps):
-        mixer.at(progress_of(step, steps))
+    for call, timestep in enumerate(scheduler.timesteps):
+        step = call * job.steps // calls
+        mixer.at(progress_of(step, job.steps))
         with torch.inference_mode():
             seen = scheduler.scale_model_input(latents, timestep).repeat_interleave(each, 0)
-            prediction = _guided(mixer.pipeline, seen, timestep, told.at(step * job.steps // steps, each), job)
+            prediction = _guided(mixer.pipeline, seen, timestep, told.at(step, each), job)
             prediction = prediction.unflatten(0, (len(batch), each)).mean(1)
             latents = scheduler.step(prediction, timestep, latents, **_chance(scheduler, chance)).prev_sample
         yield latents
@@ -160,14 +167,16 @@ def decode(pipeline: Any, latents: Tensor) -> Image.Image:
     if not torch.isfinite(latents).all():
         raise SdloraError("the picture has become nan; use smaller LoRA weights, less guidance or another scheduler")
     vae = pipeline.vae
-    dtype = vae.dtype
+    dtype, fixed = vae.dtype, bool(obstacle(vae))  # quantised or offloaded, it stays as it is
     latents = latents.float() / vae.config.scaling_factor
-    if dtype != torch.float32:
+    if fixed:
+        latents = latents.to(dtype)
+    elif dtype != torch.float32:
         vae.float()
     try:
-        pixels = vae.decode(latents, return_dict=False)[0]
+        pixels = vae.decode(latents, return_dict=False)[0].float()
     finally:
-        if dtype != torch.float32:
+        if not fixed and dtype != torch.float32:
             vae.to(dtype)
     pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
@@ -196,8 +205,9 @@ def _own_side(mixer: Mixer) -> int:
     return mixer.pipeline.unet.config.sample_size * mixer.pipeline.vae_scale_factor
 
 
-def _frame(job: Job) -> Job:
-    return replace(job, loras=(), seed=0)
+def _frame(job: Job) -> tuple[Job, frozenset[str]]:
+    """What pictures of one batch have in common: all but weights and seed. Other LoRAs may bring other tokens."""
+    return replace(job, loras=(), seed=0), frozenset(lora.path for lora in job.loras)
 
 
 def _short(job: Job) -> bool:
@@ -215,7 +225,7 @@ def _told(mixer: Mixer, batch: Sequence[Job]) -> Told:
     for job in batch:
         if len(batch) > 1:
             mixer.apply(job.plan.only(encoders))
-        key = mixer.reading
+        key = mixer.reading, mixer.pipeline.dtype, str(_device(mixer.pipeline))
         meanings.append({told: _meaning(mixer.pipeline, remembered, key, *told) for told in texts})
     return Told(parts, negative, tuple(meanings))
 

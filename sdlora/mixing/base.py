@@ -70,6 +70,7 @@ class Base:
         module, attribute = _split(path)
         return readable(self.modules[module], attribute, path)
 
+    @torch.inference_mode(False)
     def become(self, wanted: Mapping[str, Terms]) -> None:
         """Hold exactly these terms; only what differs is computed. If that fails midway, nothing is merged at all."""
         paths = wanted.keys() | self._held.keys()
@@ -86,15 +87,22 @@ class Base:
             raise
 
     def restore(self) -> None:
-        """Nothing is merged any more."""
+        """Nothing is merged any more. Where that cannot be, the rest is restored and the first reason raised."""
+        reasons = []
         for path in sorted(self._held):
-            self._restore(path)
+            try:
+                self._restore(path)
+            except SdloraError as reason:
+                reasons.append(reason)
+        if reasons:
+            raise reasons[0]
 
     @torch.no_grad()
     def _merge(self, path: str, terms: Terms) -> None:
         name, attribute = _split(path)
         module = self.modules[name]
         parameter = getattr(module, attribute)
+        _refuse_gone(path, parameter)
         if path not in self._untouched:
             self._untouched.keep(path, parameter)
         self._held[path] = ()  # from here on it is not the base's, whatever interrupts this
@@ -114,12 +122,21 @@ class Base:
     def _restore(self, path: str) -> None:
         name, attribute = _split(path)
         module, untouched = self.modules[name], self._untouched[path]
+        _refuse_gone(path, getattr(module, attribute))
         if untouched is None:
             setattr(module, attribute, None)
         else:
             getattr(module, attribute).copy_(untouched)
         self._held.pop(path, None)
         self._untouched.forget(path)  # last: whatever interrupts this must leave a way back
+
+
+def _refuse_gone(path: str, parameter: Tensor | None) -> None:
+    """What is offloaded while it holds a mix keeps the mix where nothing here can reach it."""
+    if parameter is not None and parameter.is_meta:
+        raise SdloraError(
+            f"{path} was offloaded with LoRAs merged into it; load the model again, and offload it without any"
+        )
 
 
 def _split(path: str) -> tuple[str, str]:

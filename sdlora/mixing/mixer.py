@@ -12,9 +12,10 @@ import os
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import architecture_of
@@ -27,7 +28,7 @@ from sdlora.mixing.schedule import progress_of
 from sdlora.mixing.shelf import Book, Shelf, content_of
 from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put, same
 from sdlora.mixing.ways import Ways, ways
-from sdlora.models.families import components_of, family_of
+from sdlora.models.families import components_of, family_of, tokenizer_of
 from sdlora.models.load import source_of
 
 CACHE = 2**30  # bytes of adapters that are kept although nothing uses them now
@@ -45,6 +46,8 @@ class Mixer:
 
     def __init__(self, pipeline: Any, model: str = "", cache: int = CACHE) -> None:
         components = components_of(pipeline)
+        _refuse_foreign(components)
+        _take_over(pipeline)
         self.pipeline = pipeline
         self.model = model
         self.lock = threading.Lock()
@@ -56,8 +59,11 @@ class Mixer:
         self._books: dict[str, Book] = {}
         self._plans: tuple[Plan, ...] = (Plan(model),)
         self._ways: Ways | None = None
+        self._asked_live = False
         self._own = {name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders}
         self._vocabularies = dict(self._own)  # what the text encoders read now
+        self._user: int | None = None  # the thread that is within `using`
+        _mixed[pipeline] = _Mixed(ref(self), self._live, self._base, self._own)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,7 +120,7 @@ class Mixer:
         self._known(name)
         books = {other: book for other, book in self._books.items() if other != name}
         plans = (replace(plan, loras=tuple(one for one in plan.loras if one.path != name)) for plan in self._plans)
-        self._become(books, tuple(plans))
+        self._become(books, tuple(plans), self._asked_live)
 
     def receipt(self, name: str) -> Receipt | None:
         """What reading an adapter told; None for one that was not read from files."""
@@ -146,16 +152,16 @@ class Mixer:
     def hold(self, *plans: Plan, partial: bool = False, live: bool = False) -> tuple[Plan, ...]:
         """Apply plans whose adapters are files, and keep no others; returns them with the hashes of the content.
 
-        One step: what leaves makes room for what comes, as for another LoRA's token of the same name. Where one of them
-        cannot be had, SdloraError, and nothing has changed. partial: as for `read`.
+        What is at hand under a name that is no file stays. One step: what leaves makes room for what comes, as for
+        another LoRA's token of the same name. Where one cannot be had, or holds something else than the plan was made
+        with, SdloraError, and nothing has changed. partial: as for `read`.
         """
         files = dict.fromkeys(lora.path for plan in plans for lora in plan.loras)
         _refuse_twice(files)
-        books = {path: self._shelf.read(Path(path), partial) for path in files}
-        plans = tuple(
-            replace(plan, loras=tuple(replace(lora, sha256=books[lora.path].content) for lora in plan.loras))
-            for plan in plans
-        )
+        books = {path: self._book(path, partial) for path in files}
+        for lora in (lora for plan in plans for lora in plan.loras):
+            _refuse_other(lora, books[lora.path])
+        plans = tuple(_renewed(plan, {path: book.content for path, book in books.items()}) for plan in plans)
         self._become(books, plans or (Plan(self.model),), live)
         return plans
 
@@ -165,30 +171,51 @@ class Mixer:
             self._live.weigh(self._ways.weights(progress))
 
     def on_step_end(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """For `callback_on_step_end` of diffusers' own pipelines, so that schedules follow their steps."""
-        self.at(progress_of(step + 1, pipeline.num_timesteps))
+        """For `callback_on_step_end` of diffusers' own pipelines, so that schedules follow their steps.
+
+        After the last one it is ready for the first of another picture.
+        """
+        steps = pipeline.num_timesteps
+        self.at(progress_of((step + 1) % steps, steps))
         return values
 
     @contextmanager
-    def using(self, *plans: Plan) -> Iterator[Mixer]:
-        """With the plan applied, and nobody else's job between; afterwards what was in force before is again."""
+    def using(self, *plans: Plan, steps: int = 20) -> Iterator[Mixer]:
+        """With the plan applied, and nobody else's job between; afterwards what was in force before is again.
+
+        That follows what adapters of the same names hold then, without those that are gone. steps: of the denoising
+        that is to come, for schedules: see `on_step_end`. SdloraError: within another `using` of the same thread.
+        """
+        self.refuse_within()
         with self.lock:
-            before = self._plans
-            self.apply(*plans)
+            self._user, before, live = threading.get_ident(), self._plans, self._asked_live
             try:
+                self.apply(*plans)
+                self.at(progress_of(0, steps))
                 yield self
             finally:
-                self.apply(*before)
+                self._user = None
+                self.apply(*(_following(plan, self._books) for plan in before), live=live)
+
+    def refuse_within(self) -> None:
+        """SdloraError within `using` of the same thread, which would wait for itself for ever."""
+        if self._user == threading.get_ident():
+            raise SdloraError("this thread is using a plan of the mixer already; leave `with mixer.using` first")
 
     def _known(self, name: str) -> None:
         if name not in self._books:
             raise SdloraError(f"no LoRA named {name!r} is loaded{nearest(name, self._books)}; load it first")
 
+    def _book(self, path: str, partial: bool) -> Book:
+        known = self._books.get(path)
+        return known if known and not os.path.exists(path) else self._shelf.read(Path(path), partial)
+
     def _put(self, name: str, book: Book) -> None:
         """At hand under this name from now on; plans in force follow it."""
         if self._books.get(name) is not book:
             changed = {name: book.content}
-            self._become({**self._books, name: book}, tuple(_renewed(plan, changed) for plan in self._plans))
+            plans = tuple(_renewed(plan, changed) for plan in self._plans)
+            self._become({**self._books, name: book}, plans, self._asked_live)
 
     def _become(self, books: dict[str, Book], plans: tuple[Plan, ...], live: bool = False) -> None:
         """Bring the model to these adapters and plans. What cannot be is refused before anything changes.
@@ -198,6 +225,7 @@ class Mixer:
         for name, book in books.items():
             if self._books.get(name) is not book:
                 self._check(book.adapter, name)
+        plans = tuple(self._resolved(plan, books) for plan in plans)
         found = self._ways_of(books, plans, live)
         vocabularies = self._vocabularies if books is self._books else self._vocabularies_for(books)
         heard = [one for one, vocabulary in vocabularies.items() if vocabulary is not self._vocabularies[one]]
@@ -208,13 +236,14 @@ class Mixer:
             for component in heard:
                 put(self.pipeline, component, vocabularies[component])
         except BaseException:
-            for component in heard:
-                put(self.pipeline, component, self._vocabularies[component])
             self._plans, self._ways = (Plan(self.model),), None
             self._live.clear()
             self._base.restore()
+            for component in heard:
+                put(self.pipeline, component, self._vocabularies[component])
             raise
         self._books, self._plans, self._ways, self._vocabularies = books, plans, found, vocabularies
+        self._asked_live = live
 
     def _check(self, adapter: Adapter, name: str) -> None:
         """SdloraError where the adapter does not fit the model."""
@@ -222,15 +251,19 @@ class Mixer:
         check_tokens(name, adapter, self._own)
 
     def _ways_of(self, books: Mapping[str, Book], plans: Sequence[Plan], live: bool) -> Ways:
-        rows = []
-        for plan in plans:
-            if plan.base and self.model and plan.base != self.model:
-                raise SdloraError(f"the plan is for the model {plan.base}, this is {self.model}; open that one")
-            rows.append({_found(lora, books): lora for lora in plan.loras})
+        rows = [{lora.path: lora for lora in plan.loras} for plan in plans]
         names = {name for row in rows for name in row}
         order = sorted(names, key=lambda name: (books[name].content, name))
         adapters = {name: books[name].adapter for name in order}
-        return ways(rows, adapters, self._components if live else self._base.unmergeable())
+        return ways(rows, adapters, {"unet"} | self._base.unmergeable() if live else self._base.unmergeable())
+
+    def _resolved(self, plan: Plan, books: Mapping[str, Book]) -> Plan:
+        """The plan with the names that its adapters go by now. SdloraError where it cannot be applied here."""
+        if not isinstance(plan, Plan):
+            raise SdloraError(f"{plan!r} is no plan; make one with mixer.plan({{name: weight}})")
+        if plan.base and self.model and plan.base != self.model:
+            raise SdloraError(f"the plan is for the model {plan.base}, this one is {self.model}; open that one")
+        return replace(plan, loras=tuple(replace(lora, path=_found(lora, books)) for lora in plan.loras))
 
     def _vocabularies_for(self, books: Mapping[str, Book]) -> dict[str, Vocabulary]:
         """What the text encoders read with these adapters: as little anew as can be."""
@@ -240,6 +273,56 @@ class Mixer:
             vectors, held = tokens.get(component, {}), self._vocabularies[component]
             found[component] = held if same(vectors, held.learned) else grown(own, vectors)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixed:
+    """What the last mixer of a pipeline did to it, which it leaves there when it goes."""
+
+    mixer: ref[Mixer]
+    live: Live
+    base: Base
+    own: Mapping[str, Vocabulary]
+
+
+_mixed: WeakKeyDictionary[Any, _Mixed] = WeakKeyDictionary()  # by pipeline
+
+
+def _take_over(pipeline: Any) -> None:
+    """The base as it was before a mixer that is gone; SdloraError where that is still there and has LoRAs."""
+    last = _mixed.get(pipeline)
+    other = last.mixer() if last else None
+    if other and other.names:
+        raise SdloraError("another mixer has LoRAs on this pipeline; use that one, or unload them from it")
+    if last:
+        last.live.clear()
+        last.base.restore()
+        for component, vocabulary in last.own.items():
+            if tokenizer_of(pipeline, component) is not vocabulary.tokenizer:
+                put(pipeline, component, vocabulary)
+
+
+def _refuse_foreign(components: Mapping[str, Any]) -> None:
+    """What others have put into the pipeline would be taken for the base."""
+    for name, part in components.items():
+        if hasattr(part, "_orig_mod"):
+            raise SdloraError(f"the {name} is compiled; make the mixer first and compile after")
+        if any(path.endswith(".base_layer") for path, _ in part.named_modules()):
+            raise SdloraError(
+                f"the {name} has LoRAs of peft's; call pipeline.unload_lora_weights(), and load them here"
+            )
+
+
+def _following(plan: Plan, books: Mapping[str, Book]) -> Plan:
+    """The plan with what its names stand for now, without those that stand for nothing."""
+    there = replace(plan, loras=tuple(lora for lora in plan.loras if lora.path in books))
+    return _renewed(there, {name: book.content for name, book in books.items()})
+
+
+def _refuse_other(lora: LoraWeight, book: Book) -> None:
+    if lora.sha256 not in ("", book.content):
+        now, then = book.content[:12], lora.sha256[:12]
+        raise SdloraError(f"{lora.path} has changed (sha256 {now}, it was {then}); restore it, or leave the hash out")
 
 
 def _found(lora: LoraWeight, books: Mapping[str, Book]) -> str:

@@ -24,9 +24,11 @@ class LoraWeight:
 
     path: the file, or the name that the mixer knows it by. sha256: of its content, filled in when it is read.
     text_encoder_2: SDXL's second text encoder, None for the weight of the first.
-    blocks: factors over the weights by block of the family's map; those that are not named are 1.
+    blocks: factors over the weights by block of the family's map, those that are not named are 1; given as text, a
+    table or pairs.
     on: False keeps the settings and applies nothing.
-    schedule: a factor over the UNet's weight while it denoises. Text encoders, which are asked once, do not follow it.
+    schedule: a factor over the UNet's weight while it denoises, given as text too. Text encoders, which are asked once,
+    do not follow it.
     """
 
     path: str
@@ -39,12 +41,27 @@ class LoraWeight:
     sha256: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise SdloraError(f"{self.path!r} names no LoRA; give its path, or the name it was loaded under, as text")
         for name in COMPONENTS:
             self._check(name, getattr(self, name))
-        for block, factor in self.blocks:
+        object.__setattr__(self, "blocks", self._factors(self.blocks))
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", parse_schedule(self.schedule))
+        if not isinstance(self.schedule, Schedule) or not isinstance(self.on, bool):
+            raise SdloraError(f'{self.path}: `schedule` is a text such as "0.2-0.8", and `on` is True or False')
+
+    def _factors(self, told: Any) -> Factors:
+        """In one order and without those that are 1, so that what is the same is equal."""
+        try:
+            blocks = dict(read_factors(told) if isinstance(told, str) else told)
+        except (TypeError, ValueError):
+            raise SdloraError(f'{self.path}: {told!r} are no blocks; write "IN04:0.5" or a list of factors') from None
+        for block, factor in blocks.items():
             if block not in BLOCKS:
-                raise SdloraError(f"{self.path}: there is no block {block!r}{nearest(block, BLOCKS)}")
+                raise SdloraError(f"{self.path}: there is no block {block!r}{nearest(str(block), BLOCKS)}")
             self._check(block, factor)
+        return tuple((block, float(blocks[block])) for block in BLOCKS if blocks.get(block, 1) != 1)
 
     def _check(self, name: str, weight: Any) -> None:
         number = isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight)
@@ -85,6 +102,9 @@ class Plan:
     loras: tuple[LoraWeight, ...] = ()
 
     def __post_init__(self) -> None:
+        odd = next((lora for lora in self.loras if not isinstance(lora, LoraWeight)), None)
+        if odd is not None:
+            raise SdloraError(f"{odd!r} is no LoRA with its weights; make plans with mixer.plan, or of LoraWeight")
         names = [lora.path for lora in self.loras]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
@@ -100,12 +120,7 @@ def lora_weight(name: str, weights: Weights, components: Sequence[str]) -> LoraW
     if not isinstance(weights, Mapping):
         return LoraWeight(path=name, unet=weights, text_encoder=weights)
     told = dict(weights)
-    blocks, schedule = told.pop("blocks", ()), told.pop("schedule", ALWAYS)
-    settings: dict[str, Any] = {
-        "blocks": read_factors(blocks) if isinstance(blocks, str) else tuple(dict(blocks).items()),
-        "schedule": parse_schedule(schedule) if isinstance(schedule, str) else schedule,
-        "on": bool(told.pop("on", True)),
-    }
+    settings: dict[str, Any] = {one: told.pop(one) for one in ("blocks", "schedule", "on") if one in told}
     for component in told:
         if component not in components:
             known = ", ".join(components)
@@ -124,7 +139,4 @@ def as_dict(lora: LoraWeight) -> dict[str, Any]:
 
 def from_dict(told: Mapping[str, Any]) -> LoraWeight:
     """The opposite; TypeError or SdloraError for what is no such thing."""
-    blocks, schedule = told.get("blocks", {}), told.get("schedule", "")
-    if not isinstance(blocks, Mapping) or not isinstance(schedule, str):
-        raise TypeError("blocks must be a table, a schedule text")
-    return LoraWeight(**{**told, "blocks": tuple(blocks.items()), "schedule": parse_schedule(schedule)})
+    return LoraWeight(**told)

@@ -28,7 +28,10 @@ class Schedule:
     points: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
-        points = tuple((float(position), float(factor)) for position, factor in self.points)
+        try:
+            points = tuple((float(position), float(factor)) for position, factor in self.points)
+        except (TypeError, ValueError):
+            raise SdloraError(f"{self.points!r} are no points of a schedule; {FORMS}") from None
         object.__setattr__(self, "points", points)
         positions = [position for position, _ in points]
         if not all(isfinite(number) for point in points for number in point):

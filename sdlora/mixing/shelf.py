@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from torch import Tensor, uint8
 
@@ -46,8 +47,8 @@ class _Seen:
 class Shelf:
     """Reads adapters for one architecture and keeps those used last, as long as they fit into `limit` bytes.
 
-    The same content is the same object as long as it is kept, whatever its file is called; content that has changed
-    under the same name is seen at once.
+    The same content is the same object as long as it is kept, here or by whoever uses it, whatever its file is called;
+    content that has changed under the same name is seen at once.
     """
 
     def __init__(self, architecture: Architecture, limit: int) -> None:
@@ -55,12 +56,13 @@ class Shelf:
         self.limit = limit
         self.size = 0  # bytes on the shelf
         self._books: OrderedDict[tuple[str, bool], Book] = OrderedDict()
+        self._living: WeakValueDictionary[tuple[str, bool], Book] = WeakValueDictionary()  # whoever keeps them
         self._seen: OrderedDict[tuple[Path, bool], _Seen] = OrderedDict()
 
     def read(self, path: Path, partial: bool = False) -> Book:
         """What lies at the path now; partial as for `read` of sdlora.formats. SdloraError where that cannot be had."""
         stamp, seen = _stamp(path), self._seen.get((path, partial))
-        if seen and seen.stamp == stamp and seen.settled and (seen.content, partial) in self._books:
+        if seen and seen.stamp == stamp and seen.settled and (seen.content, partial) in self._living:
             return self._taken((seen.content, partial), path)
         settled = time.time_ns() - max(changed for _, _, changed in stamp) > SETTLED
         adapter, receipt = read(path, self.architecture, partial)
@@ -69,15 +71,19 @@ class Shelf:
         self._seen.move_to_end((path, partial))
         if len(self._seen) > STAMPS:
             self._seen.popitem(last=False)
-        if (book.content, partial) in self._books:
+        if (book.content, partial) in self._living:
             return self._taken((book.content, partial), path)
+        self._living[book.content, partial] = book
         self._put((book.content, partial), book)
         return book
 
     def _taken(self, key: tuple[str, bool], path: Path) -> Book:
-        """From the shelf; its receipt speaks of the path that was asked for."""
-        self._books.move_to_end(key)
-        book = self._books[key]
+        """What is at hand; its receipt speaks of the path that was asked for."""
+        book = self._living[key]
+        if key in self._books:
+            self._books.move_to_end(key)
+        else:
+            self._put(key, book)
         assert book.receipt is not None
         return book if book.receipt.path == path else replace(book, receipt=replace(book.receipt, path=path))
 

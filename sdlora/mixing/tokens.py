@@ -15,6 +15,7 @@ from torch import Tensor
 from sdlora.errors import SdloraError
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws.delta import times
+from sdlora.mixing.placement import obstacle
 
 MOST_VECTORS = 1024  # that a text encoder takes at once; files bring a handful, and checking them costs their square
 LONGEST_TOKEN = 100  # characters
@@ -118,6 +119,8 @@ def put(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:
     be the learned token. While there is one, the end is what the tokenizer says.
     """
     encoder, embedding = getattr(pipeline, component), _embedding(pipeline, component)
+    if "offloaded" in obstacle(encoder):
+        raise SdloraError(f"the {component} is offloaded and cannot learn tokens; load LoRAs that bring some before")
     held, start = embedding.weight.data, vocabulary.start
     behind = start + len(held) - vocabulary.size  # where what is learned now ends
     embedding.weight.data = torch.cat([held[:start], vocabulary.rows.to(held), held[behind:]])

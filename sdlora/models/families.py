@@ -57,7 +57,11 @@ def family_of(pipeline: Any) -> Family:
 
 def components_of(pipeline: Any) -> dict[str, nn.Module]:
     """The modules that a LoRA can change, by component."""
-    return {name: getattr(pipeline, name) for name in family_of(pipeline).components}
+    parts = {name: getattr(pipeline, name) for name in family_of(pipeline).components}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        raise SdloraError(f"the pipeline has no {' and no '.join(missing)}; load it with all its parts")
+    return parts
 
 
 def side_by_side(states: Sequence[Tensor]) -> Tensor:
@@ -68,6 +72,13 @@ def side_by_side(states: Sequence[Tensor]) -> Tensor:
 def tokenizer_of(pipeline: Any, text_encoder: str) -> Any:
     """The tokenizer of a text encoder, by the component's name."""
     return getattr(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
+
+
+def device_of(pipeline: Any, text_encoder: str) -> torch.device:
+    """Where a text encoder computes, which for an offloaded one is not where its weights lie."""
+    encoder = getattr(pipeline, text_encoder)
+    offloaded = hasattr(encoder, "_hf_hook") or hasattr(encoder, "_diffusers_hook")
+    return pipeline._execution_device if offloaded else encoder.device
 
 
 def truncated(pipeline: Any, caption: str) -> str:
@@ -97,7 +108,7 @@ def _tokens(pipeline: Any, text_encoder: str, captions: Sequence[str]) -> Tensor
     tokenizer = tokenizer_of(pipeline, text_encoder)
     spelled, window = spelled_out(pipeline, tokenizer, captions), tokenizer.model_max_length
     batch = tokenizer(spelled, padding="max_length", truncation=True, max_length=window, return_tensors="pt")
-    return batch.input_ids.to(getattr(pipeline, text_encoder).device)
+    return batch.input_ids.to(device_of(pipeline, text_encoder))
 
 
 def _states_sd(pipeline: Any, ids: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

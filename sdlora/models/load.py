@@ -61,7 +61,10 @@ def source_of(pipeline: Any, model: str = "") -> Path | None:
 
     model: its name as `load_pipeline` takes it; without, and for models of the hub, diffusers remembers the folder.
     """
-    path = find(model) if model else None
+    try:
+        path = find(model) if model else None
+    except SdloraError:  # a name of one's own for a model at hand
+        path = None
     if path is None:
         told = getattr(pipeline.unet.config, "_name_or_path", None)
         path = Path(told).parent if told and os.path.isdir(told) and Path(told).name == "unet" else None

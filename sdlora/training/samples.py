@@ -1,5 +1,6 @@
 """Sample pictures while training: the same prompts and seeds every time, so that the pictures can be compared."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,11 @@ def render_samples(training: Training, pipeline: Any, folder: Path, step: int) -
 
 
 def prompts(config: TrainConfig, captions: Sequence[str]) -> tuple[str, ...]:
-    """What is sampled: the prompts of the config, or else the first two captions."""
-    return config.sample_prompts or tuple(dict.fromkeys(captions))[:2]
+    """What is sampled: the prompts of the config, or else the first two captions, without tags of other LoRAs."""
+    return config.sample_prompts or tuple(dict.fromkeys(TAG.sub("", caption) for caption in captions))[:2]
+
+
+TAG = re.compile(r"<(?:lora|lyco):[^<>]*>?")  # captions that were prompts once may have them
 
 
 @contextmanager

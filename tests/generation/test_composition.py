@@ -112,11 +112,11 @@ def test_a_schedule_gives_each_step_the_weight_it_says(mixer: Mixer, loras):
 
 def test_switching_is_a_schedule_of_turns(mixer: Mixer, loras):
     job = replace(JOB, steps=6, loras=loras, compose="switch", switch_every=2)
-    (voice,) = voices(job, 6)
+    (voice,) = voices(job)
     by_step = [[lora.schedule.at(progress_of(step, 6)) for lora in voice] for step in range(6)]
     assert by_step == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
     off = replace(job, loras=(replace(loras[0], on=False), *loras[1:]))
-    assert len(voices(off, 6)[0]) == 2, "what is off has no turn"
+    assert len(voices(off)[0]) == 2, "what is off has no turn"
     assert not close(latents_of(mixer, job)[-1], latents_of(mixer, replace(job, compose="sum"))[-1])
 
 

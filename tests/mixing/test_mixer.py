@@ -8,6 +8,7 @@ from sdlora.errors import SdloraError
 from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import LowRank
+from sdlora.mixing import base as base_module
 from sdlora.mixing.mixer import Mixer
 from sdlora.models.families import components_of
 from tests.conftest import random_adapter
@@ -95,34 +96,45 @@ def test_parameters_stay_the_same_objects():
     assert {id(p) for p in pipeline.unet.parameters()} == parameters
 
 
-@pytest.mark.parametrize("wanted", [{}, {"lora 0": 0.5, "lora 1": 1.0}, {"lora 1": 1.0}])
-@pytest.mark.parametrize("moment", [0, 1, 7, 30])
-def test_an_interrupted_change_leaves_the_base(monkeypatch, wanted, moment):
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("wanted", [{}, {"lora 0": 0.5, "lora 1": 1.0}, {"lora 1": {"unet": 1.0, "schedule": "0.5-"}}])
+def test_a_change_that_fails_at_any_parameter_leaves_the_base(monkeypatch, wanted, failure):
     pipeline = tiny_pipeline()
-    base = snapshot(pipeline)
-    mixer = Mixer(pipeline)
+    base, mixer = snapshot(pipeline), Mixer(pipeline)
     for i in range(2):
         mixer.add(random_adapter(components_of(pipeline), seed=i, suffix="to_q"), f"lora {i}")
-    mixer.set({"lora 0": 1.0})
-    copy, calls = torch.Tensor.copy_, iter(range(1000))
+    done = {"merge": base_module.merge, "copy": torch.Tensor.copy_, "hook": torch.nn.Module.register_forward_hook}
 
-    def interrupted(self, source):
-        call = next(calls)
-        if call == moment // 2:
-            if moment % 2:
-                copy(self, source)
-            raise KeyboardInterrupt
-        return copy(self, source)
+    def change(moment: int) -> int:
+        """The change with a failure before (even) or behind (odd) one of its steps; how many steps it had."""
+        calls = 0
 
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
-    if moment // 2 < 10:
-        with pytest.raises(KeyboardInterrupt):
+        def failing(name, *values):
+            nonlocal calls
+            calls += 1
+            if calls - 1 == moment // 2 and not moment % 2:
+                raise failure
+            result = done[name](*values)
+            if calls - 1 == moment // 2:
+                raise failure
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(base_module, "merge", lambda *values: failing("merge", *values))
+            patch.setattr(torch.Tensor, "copy_", lambda *values: failing("copy", *values))
+            patch.setattr(torch.nn.Module, "register_forward_hook", lambda *values: failing("hook", *values))
             mixer.set(wanted)
-        assert same(pipeline, base)
+        return calls
+
+    mixer.set({"lora 0": 1.0})
+    steps = change(-2)
+    assert steps >= 10
+    for moment in range(2 * steps):
+        mixer.set({"lora 0": 1.0})
+        with pytest.raises(failure):
+            change(moment)
+        assert same(pipeline, base) and not any(module._forward_hooks for module in pipeline.unet.modules())
         assert mixer.state == "base" and mixer.weights == {} and mixer.names == ("lora 0", "lora 1")
-    monkeypatch.undo()
-    mixer.set({})
-    assert same(pipeline, base)
 
 
 def test_a_mix_that_overflows_is_refused_and_leaves_the_base():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdlora.errors import SdloraError
 from sdlora.generation.prompts.syntax import pieces_of
-from sdlora.models.families import Conditioning, Family, family_of, side_by_side, spelled_out, tokenizer_of
+from sdlora.models.families import Conditioning, Family, device_of, family_of, side_by_side, spelled_out, tokenizer_of
 
 BACKTRACK = 20  # a chunk that is full ends at a comma, if there is one among its last tokens
 Unit = tuple[tuple[int, ...], float]  # token numbers that stay together, and their weight
@@ -147,7 +147,7 @@ def _numbers(pipeline: Any, family: Family, by_encoder: Sequence[Sequence[Chunk]
         rows = [[start, *(number for number, _ in chunk), end] for chunk in chunks]
         window = tokenizer.model_max_length
         filled = [row + [pad] * (window - len(row)) for row in rows]
-        found.append(torch.tensor(filled, device=getattr(pipeline, name).device))
+        found.append(torch.tensor(filled, device=device_of(pipeline, name)))
     return found
 
 

@@ -78,6 +78,13 @@ def take_tags(prompt: str) -> tuple[str, tuple[Tag, ...]]:
     return "".join(texts).rstrip(), tuple(tags)
 
 
+def refuse_tags(job: Job) -> None:
+    """SdloraError where a prompt has tags, which a text encoder would read as words: `resolved` makes LoRAs of them."""
+    for prompt in (job.prompt, job.negative_prompt):
+        if take_tags(prompt)[1]:
+            raise SdloraError(f"the tags of {_short(prompt)!r} name LoRAs; call resolved(job, names_of(folders)) first")
+
+
 def _add(texts: list[str], text: str) -> None:
     """Text behind a tag, without its first spaces where there are some already, or nothing."""
     text = text.lstrip() if not texts[-1] or texts[-1][-1].isspace() else text
