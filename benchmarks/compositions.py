@@ -26,7 +26,7 @@ from tools.toybox.judge import Judge, Verdict, verdicts
 from tools.toybox.places import WORDS
 from tools.toybox.world import PLACES, STYLES, SUBJECTS, contact_sheet
 
-THIRD = Lesson(frame.FRAMED, 500, 1.2e-3, 1e-3)
+THIRD = Lesson(frame.FRAMED, 1200, 1.3e-3, 1.5e-3)
 TRIGGERS = (STYLE.trigger, CHARACTER.trigger, THIRD.trigger)
 ON_SHEET = 12  # pictures
 Z = 1.96  # standard deviations either way: 95 % of a normal distribution
