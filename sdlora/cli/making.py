@@ -166,12 +166,9 @@ def _tell_loras(mixer: Any, job: Job) -> None:
         print(mixer.receipt(lora.path).summary())
         off = ", ".join(block for block, factor in lora.blocks if not factor and block in there)
         missing = ", ".join(absent(tuple(pair for pair in lora.blocks if pair[1]), mixer.architecture))
-        for note in (
-            off and f"{off} switched off",
-            missing and f"the model has no {missing}, whose factors do nothing",
-        ):
-            if note:
-                print(f"note: {lora.path}: {note}", file=sys.stderr)
+        notes = {off: f"{off} switched off", missing: f"the model has no {missing}, whose factors do nothing"}
+        for note in (note for blocks, note in notes.items() if blocks):
+            print(f"note: {lora.path}: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import SdloraError
 from sdlora.formats.write import write
@@ -122,6 +125,80 @@ def test_a_refused_lora_leaves_the_mix_as_it_was(tmp_path):
     with pytest.raises(SdloraError, match="other.safetensors"):
         hold(mixer, [replace(JOB, loras=(other,))])
     assert (mixer.names, mixer.weights) == before
+
+
+def test_a_picture_is_not_made_again_with_a_file_that_has_changed(tmp_path):
+    mixer = Mixer(tiny_pipeline())
+    write(random_adapter(components_of(mixer.pipeline), 0, suffix="to_q"), tmp_path / "a.safetensors")
+    (picture,) = pictures(mixer, replace(JOB, loras=(LoraWeight(path=str(tmp_path / "a.safetensors")),)))
+    assert pictures(mixer, picture.job)[0].image.tobytes() == picture.image.tobytes()
+    write(random_adapter(components_of(mixer.pipeline), 1, suffix="to_q"), tmp_path / "a.safetensors")
+    with pytest.raises(SdloraError, match=r"a\.safetensors has changed \(sha256"):
+        pictures(mixer, picture.job)
+
+
+def test_a_lora_that_is_loaded_by_name_is_a_jobs_too():
+    mixer = Mixer(tiny_pipeline())
+    mixer.add(random_adapter(components_of(mixer.pipeline), 0), "style")
+    (picture,) = pictures(mixer, replace(JOB, loras=(LoraWeight(path="style"),)))
+    assert picture.job.loras[0].sha256 and mixer.names == ("style",)
+
+
+def test_tags_that_nobody_has_looked_up_are_not_read_as_words():
+    for job in (replace(JOB, prompt="a <lora:nobody:0.8>"), replace(JOB, negative_prompt="<lora:nobody>")):
+        with pytest.raises(SdloraError, match="name LoRAs; call resolved"):
+            pictures(Mixer(tiny_pipeline()), job)
+
+
+def test_a_job_within_a_plan_in_use_is_refused_and_not_waited_for():
+    mixer = Mixer(tiny_pipeline())
+    with mixer.using(mixer.plan({})), pytest.raises(SdloraError, match="using a plan"):
+        pictures(mixer, JOB)
+
+
+def test_an_offloaded_pipeline_renders_what_it_renders_at_home():
+    plain, away = tiny_pipeline("sdxl"), tiny_pipeline("sdxl")
+    for part in (away.unet, away.text_encoder, away.text_encoder_2, away.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    images = [np.asarray(pictures(Mixer(pipeline), JOB)[0].image) for pipeline in (plain, away)]
+    assert np.array_equal(*images)
+
+
+def test_a_pipeline_that_changes_its_dtype_is_asked_anew():
+    mixer = Mixer(tiny_pipeline())
+    pictures(mixer, JOB)
+    mixer.pipeline.to(torch.bfloat16)
+    assert pictures(mixer, JOB)[0].image.size == (64, 48)
+
+
+def test_a_picture_has_the_same_bits_after_a_short_job_that_was_made_live(tmp_path):
+    pipelines = tiny_pipeline(), tiny_pipeline()
+    write(random_adapter(components_of(pipelines[0]), 0), tmp_path / "a.safetensors")
+    job = replace(JOB, loras=(LoraWeight(path=str(tmp_path / "a.safetensors"), unet=0.5, text_encoder=0.5),))
+    mixers = [Mixer(pipeline) for pipeline in pipelines]
+    pictures(mixers[0], replace(job, steps=1))
+    first, second = (list(denoise(mixer, hold(mixer, [job])))[-1] for mixer in mixers)
+    assert torch.equal(first, second)
+
+
+def test_a_vae_in_float8_stays_so():
+    pipeline = tiny_pipeline()
+    pipeline.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    count = sum(weight.dtype == torch.float8_e4m3fn for weight in pipeline.vae.parameters())
+    assert pictures(Mixer(pipeline), JOB)[0].image.size == (64, 48)
+    assert count == sum(weight.dtype == torch.float8_e4m3fn for weight in pipeline.vae.parameters()) > 0
+
+
+@pytest.mark.parametrize(
+    "told",
+    ['{"job": {"loras": ["a"]}}', '{"job": ' + "[" * 100_000, '{"job": {"loras": [{"path": 5}], "prompt": "a"}}', "[]"],
+)
+def test_a_picture_with_settings_of_nonsense_is_one_line(tmp_path, told: str):
+    text = PngInfo()
+    text.add_text("sdlora", told)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(SdloraError):
+        png.read_job(tmp_path / "a.png")
 
 
 def test_a_picture_of_nans_is_an_error_not_a_black_square():
