@@ -44,6 +44,12 @@ def fuse(pipeline: Any, count: int, first: float = LEVEL) -> None:
     pipeline.fuse_lora(adapter_names=names(range(count)))
 
 
+def fuse_anew(pipeline: Any, count: int, first: float) -> None:
+    """The same where something is fused already."""
+    pipeline.unfuse_lora()
+    fuse(pipeline, count, first)
+
+
 def step_of(unet: Any, pixels: int) -> Callable[[], float]:
     """Runs one step and returns its seconds."""
     told = inputs(unet, pixels)

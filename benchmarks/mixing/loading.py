@@ -58,7 +58,7 @@ def main(setting: Setting) -> None:
     mine = ours(setting)
     gc.collect()
     peer = theirs(setting)
-    print(f"files of {file.stat().st_size / 1e6:.0f} MB; reading the bytes takes {bytes_alone:.3f} s\n")
+    print(f"files of {file.stat().st_size / 1e6:.0f} MB; reading the bytes takes {bytes_alone * 1e3:.1f} ms\n")
     told = []
     for before, one, other in zip((0, setting.loaded), mine, peer, strict=True):
         told.append((before, median(one), min(one), median(other), min(other), median(other) / median(one)))

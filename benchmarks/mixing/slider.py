@@ -9,13 +9,16 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any
 
-from benchmarks.mixing.contenders import apply, fuse, load, seconds, step_of
+from benchmarks.mixing.contenders import apply, fuse, fuse_anew, load, seconds, step_of
 from benchmarks.mixing.models import Setting, pipeline_of, setting_of
 from benchmarks.mixing.tables import table
 from sdlora.mixing.mixer import Mixer
+
+SLIDER = (0.5, 0.7)  # the weight of the first adapter, before the move and after it
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,13 @@ class Times:
     move: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
 
-
-def moved(times: Times, off: Callable[[], object], to: Callable[[float], object], step: Callable[[], float]) -> None:
-    """One round, which begins and ends with nothing applied; to: apply with that weight of the first adapter."""
-    times.first.append(seconds(lambda: to(0.5)))
-    step()
-    times.move.append(seconds(lambda: to(0.7)))
-    times.step.append(step())
-    off()
+    def round(self, begin: Call, move: Call, end: Call, step: Callable[[], float]) -> None:
+        """One figure more of each; nothing is applied before and after."""
+        self.first.append(seconds(begin))
+        step()
+        self.move.append(seconds(move))
+        self.step.append(step())
+        end()
 
 
 def ours(setting: Setting, count: int) -> tuple[dict[str, Times], str]:
@@ -42,56 +44,41 @@ def ours(setting: Setting, count: int) -> tuple[dict[str, Times], str]:
     mixer, step = Mixer(pipeline), step_of(pipeline.unet, setting.pixels)
     load(pipeline, mixer, setting, range(count))
     times = {"sdlora merged": Times(), "sdlora live": Times()}
+    off = partial(mixer.set, {})
     for _ in range(setting.rounds):
         for name, one in times.items():
-            moved(one, lambda: mixer.set({}), lambda first, live="live" in name: apply(mixer, count, first, live), step)  # type: ignore[misc]
+            live = name == "sdlora live"
+            begin, move = (partial(apply, mixer, count, first, live) for first in SLIDER)
+            one.round(begin, move, off, step)
     apply(mixer, count)
     copied = mixer._base.copied
     return times, f"{copied / 1e6:.0f} MB copied" if copied else "mapped from the model's file"
 
 
-def theirs(setting: Setting, count: int) -> dict[str, Times]:
+def theirs(setting: Setting, count: int) -> Times:
     pipeline = pipeline_of(setting)
+    step, times = step_of(pipeline.unet, setting.pixels), Times()
     load(pipeline, None, setting, range(count))
-    times, fused = Times(), False
-
-    def off() -> None:
-        nonlocal fused
-        pipeline.unfuse_lora()
-        fused = False
-
-    def to(first: float) -> None:
-        nonlocal fused
-        if fused:
-            off()
-        fuse(pipeline, count, first)
-        fused = True
-
+    before, after = SLIDER
+    begin, move = partial(fuse, pipeline, count, before), partial(fuse_anew, pipeline, count, after)
     for _ in range(setting.rounds):
-        moved(times, off, to, step_of(pipeline.unet, setting.pixels))
-    return {"diffusers fused": times}
-
-
-def rows(found: dict[str, Times], count: int) -> list[tuple[Any, ...]]:
-    """The ratio is of the medians of the moves, to sdlora merged."""
-    base = median(found["sdlora merged"].move)
-    return [
-        (f"{name}, {count}", median(one.move), min(one.move), median(one.move) / base, median(one.first))
-        + (median(one.step),)
-        for name, one in found.items()
-    ]
+        times.round(begin, move, pipeline.unfuse_lora, step)
+    return times
 
 
 def main(setting: Setting) -> None:
-    told, where = [], ""
+    rows, where = [], ""
     for count in setting.counts:
         found, where = ours(setting, count)
         gc.collect()  # pipelines hold themselves in circles
-        found |= theirs(setting, count)
+        found["diffusers fused"] = theirs(setting, count)
         gc.collect()
-        told += rows(found, count)
+        merged = median(found["sdlora merged"].move)
+        for name, times in found.items():
+            first, move, step = median(times.first), median(times.move), median(times.step)
+            rows.append((f"{name}, {count}", move, min(times.move), f"{move / merged:.2f}", first, step))
     head = ("adapters", "move, median s", "fastest s", "to merged", "from the base, s", "a step then, s")
-    print(f"untouched weights: {where}\n\n{table(head, told)}")
+    print(f"untouched weights: {where}\n\n{table(head, rows)}")
 
 
 if __name__ == "__main__":
