@@ -12,10 +12,10 @@ import os
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import architecture_of
@@ -26,9 +26,10 @@ from sdlora.mixing.live import Live
 from sdlora.mixing.plan import LoraWeight, Plan, Weights, lora_weight
 from sdlora.mixing.schedule import progress_of
 from sdlora.mixing.shelf import Book, Shelf, content_of
+from sdlora.mixing.succession import Word, leave_word, refuse_foreign, take_over
 from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put, same
 from sdlora.mixing.ways import Ways, ways
-from sdlora.models.families import components_of, family_of, tokenizer_of
+from sdlora.models.families import components_of, family_of
 from sdlora.models.load import source_of
 
 CACHE = 2**30  # bytes of adapters that are kept although nothing uses them now
@@ -46,8 +47,8 @@ class Mixer:
 
     def __init__(self, pipeline: Any, model: str = "", cache: int = CACHE) -> None:
         components = components_of(pipeline)
-        _refuse_foreign(components)
-        _take_over(pipeline)
+        refuse_foreign(components)
+        take_over(pipeline)
         self.pipeline = pipeline
         self.model = model
         self.lock = threading.Lock()
@@ -63,7 +64,7 @@ class Mixer:
         self._own = {name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders}
         self._vocabularies = dict(self._own)  # what the text encoders read now
         self._user: int | None = None  # the thread that is within `using`
-        _mixed[pipeline] = _Mixed(ref(self), self._live, self._base, self._own)
+        leave_word(pipeline, Word(ref(self), self._live, self._base, self._own))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -273,44 +274,6 @@ class Mixer:
             vectors, held = tokens.get(component, {}), self._vocabularies[component]
             found[component] = held if same(vectors, held.learned) else grown(own, vectors)
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Mixed:
-    """What the last mixer of a pipeline did to it, which it leaves there when it goes."""
-
-    mixer: ref[Mixer]
-    live: Live
-    base: Base
-    own: Mapping[str, Vocabulary]
-
-
-_mixed: WeakKeyDictionary[Any, _Mixed] = WeakKeyDictionary()  # by pipeline
-
-
-def _take_over(pipeline: Any) -> None:
-    """The base as it was before a mixer that is gone; SdloraError where that is still there and has LoRAs."""
-    last = _mixed.get(pipeline)
-    other = last.mixer() if last else None
-    if other and other.names:
-        raise SdloraError("another mixer has LoRAs on this pipeline; use that one, or unload them from it")
-    if last:
-        last.live.clear()
-        last.base.restore()
-        for component, vocabulary in last.own.items():
-            if tokenizer_of(pipeline, component) is not vocabulary.tokenizer:
-                put(pipeline, component, vocabulary)
-
-
-def _refuse_foreign(components: Mapping[str, Any]) -> None:
-    """What others have put into the pipeline would be taken for the base."""
-    for name, part in components.items():
-        if hasattr(part, "_orig_mod"):
-            raise SdloraError(f"the {name} is compiled; make the mixer first and compile after")
-        if any(path.endswith(".base_layer") for path, _ in part.named_modules()):
-            raise SdloraError(
-                f"the {name} has LoRAs of peft's; call pipeline.unload_lora_weights(), and load them here"
-            )
 
 
 def _following(plan: Plan, books: Mapping[str, Book]) -> Plan:
