@@ -4,11 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-# Small models gain nothing from a second thread, and lose much to it where something else runs too.
+# Small models gain nothing from a second thread, and lose much to it where something else runs too. Torch looks once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for tools.toybox, which is not part of the package
 
 from sdlora.lowrank.adapter import Adapter  # noqa: E402
