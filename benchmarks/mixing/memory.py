@@ -24,7 +24,7 @@ def held() -> int:
     """Anonymous bytes of this process, without what the C library keeps for later."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return field(Path("/proc/self/smaps_rollup"), "Anonymous")
+    return field(Path("/proc/self/smaps_rollup").read_text(), "Anonymous")
 
 
 def run(contender: str, setting: Setting) -> None:
@@ -51,7 +51,7 @@ def run(contender: str, setting: Setting) -> None:
     elif not mixer:
         activate(pipeline, count)  # loading made each new one active
     told.append(held())
-    print(json.dumps([*told, field(Path("/proc/self/status"), "VmHWM")]))
+    print(json.dumps([*told, field(Path("/proc/self/status").read_text(), "VmHWM")]))
 
 
 def measured(contender: str, setting: Setting) -> list[int]:
@@ -62,7 +62,7 @@ def measured(contender: str, setting: Setting) -> list[int]:
     while process.poll() is None:
         told = status.read_text()
         if "RssAnon" in told:  # gone when the process is
-            peak = max(peak, field(status, "RssAnon"))
+            peak = max(peak, field(told, "RssAnon"))
         time.sleep(EVERY)
     output = process.communicate()[0]
     if process.returncode:

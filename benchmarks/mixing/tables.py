@@ -27,11 +27,11 @@ def machine() -> str:
 
 def memory(kind: str) -> int:
     """Bytes of the machine's memory: MemTotal, or MemAvailable."""
-    return field(Path("/proc/meminfo"), kind)
+    return field(Path("/proc/meminfo").read_text(), kind)
 
 
-def field(path: Path, name: str) -> int:
-    """Bytes that a file of /proc tells in kB."""
-    found = re.search(rf"^{name}:\s*(\d+) kB$", path.read_text(), re.M)
-    assert found, f"{path} has no {name}"
+def field(text: str, name: str) -> int:
+    """Bytes that the text of a file of /proc tells in kB."""
+    found = re.search(rf"^{name}:\s*(\d+) kB$", text, re.M)
+    assert found, f"no {name} in {text[:40]!r}"
     return int(found[1]) * 1024
