@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sdlora.errors import SdloraError, nearest
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws.delta import times
+from sdlora.lowrank.merged import Terms, merge
 from sdlora.lowrank.targets import WRAPPABLE, modules_of, shape_of
-from sdlora.mixing.merged import Terms, merge
 from sdlora.mixing.placement import obstacle, readable
 from sdlora.mixing.untouched import Untouched
 

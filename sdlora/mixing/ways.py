@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
+from sdlora.lowrank.merged import Terms
 from sdlora.mixing.live import LiveTerms
-from sdlora.mixing.merged import Terms
 from sdlora.mixing.plan import LoraWeight, Place, place_of
 
 Row = Mapping[str, LoraWeight]  # what is mixed into one picture of a batch, by name

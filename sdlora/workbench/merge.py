@@ -21,6 +21,8 @@ from sdlora.formats.stream import replacing, write_stream
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.laws.delta import times
+from sdlora.lowrank.merged import Terms
+from sdlora.lowrank.merged import merge as merge_into
 from sdlora.workbench.output import lasting
 
 Weights = float | Mapping[str, float]
@@ -77,7 +79,6 @@ class Merged:
     averaged: int
 
 
-Terms = list[tuple[Delta, float]]
 Touched = Mapping[tuple[Path, str], list[tuple[str, Terms]]]  # by file and key: paths of parameters and their changes
 
 
@@ -90,8 +91,9 @@ def merge(
 ) -> Generator[Progress, None, Merged]:
     """Write the base with W = W0 + sum(weight * delta(W0)) in each touched parameter; yields after each tensor.
 
-    Computed in float32, in order of the parents' names, as the mixer does, and rounded once: to the base's dtype, or
-    to `dtype`, which then holds for the whole UNet and the text encoders. Everything else is carried over to the bit.
+    Computed in float32, in order of the parents' hashes and names, as the mixer does, and rounded once: to the base's
+    dtype, or to `dtype`, which then holds for the whole UNet and the text encoders. Everything else is carried over to
+    the bit.
     A folder becomes a folder, a single file a single file; `overwrite` lets it replace a file that is there.
 
     SdloraError: a parent does not fit the base, a result is not finite, or the output is in the way or cannot be
@@ -101,7 +103,7 @@ def merge(
     _refuse_place(base, output, overwrite)
     if dtype is not None and dtype not in WRITTEN:
         raise SdloraError(f"models are written in {', '.join(str(one)[6:] for one in WRITTEN)}, not in {dtype}")
-    touched = _touched(base, sorted(parents, key=lambda parent: parent.name))
+    touched = _touched(base, sorted(parents, key=lambda parent: (parent.sha256, parent.name)))
     files = [file for file in base.files if dtype is not None or any(file == changed for changed, _ in touched)]
     total = sum(len(base.files[file].tensors) for file in files)
     done = 0
@@ -144,7 +146,7 @@ def _refuse_place(base: Checkpoint, output: Path, overwrite: bool) -> None:
 
 def _touched(base: Checkpoint, parents: Sequence[Parent]) -> Touched:
     """What changes each tensor of the base's files; SdloraError where a parent does not belong to the base."""
-    terms: dict[str, Terms] = defaultdict(list)
+    terms: dict[str, list[tuple[Delta, float]]] = defaultdict(list)
     for parent in parents:
         weights = parent.by_path()
         deltas = {path: delta for path, delta in parent.adapter.deltas.items() if weights[path]}
@@ -157,7 +159,7 @@ def _touched(base: Checkpoint, parents: Sequence[Parent]) -> Touched:
     touched: dict[tuple[Path, str], list[tuple[str, Terms]]] = defaultdict(list)
     for path, changes in terms.items():
         place = base.places[path]
-        touched[place.file, place.key].append((path, changes))
+        touched[place.file, place.key].append((path, tuple(changes)))
     return touched
 
 
@@ -218,10 +220,11 @@ def _rewrite(
 def _changed(whole: Tensor, changes: Sequence[tuple[str, Place, Terms]]) -> Tensor:
     """A tensor of the file in float32, with the changes to the parameters that lie in it."""
     total = whole.float().clone()
-    for _, place, terms in changes:
-        untouched, parameter = place.view(whole), place.view(total)
-        for delta, weight in terms:
-            parameter += weight * delta.weight(untouched)
+    for path, place, terms in changes:
+        try:
+            merge_into(place.view(whole), terms, place.view(total))
+        except SdloraError as error:
+            raise SdloraError(f"{path}: {error}") from error
     return total
 
 

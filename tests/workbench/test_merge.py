@@ -16,6 +16,7 @@ from sdlora.formats.checkpoints import open_checkpoint
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Full, LowRank
 from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.shelf import content_of
 from sdlora.models.families import components_of
 from sdlora.models.load import load_pipeline
 from sdlora.workbench.merge import Parent, merge
@@ -96,7 +97,8 @@ def test_single_files_hold_the_sum_of_float64_rounded_once(tmp_path, kind, dtype
 def test_a_merged_folder_is_what_the_mixer_makes_to_the_bit_and_loads_in_diffusers(tmp_path, kind):
     base = tiny_folder(tmp_path / "a", kind)
     first, second = adapters(kind)
-    merged(base, [Parent(second, -0.4, "second"), Parent(first, 0.7, "first")], tmp_path / "b")
+    parents = [Parent(second, -0.4, "second", content_of(second)), Parent(first, 0.7, "first", content_of(first))]
+    merged(base, parents, tmp_path / "b")
     mixed = tiny_pipeline(kind)
     mixer = Mixer(mixed)
     mixer.add(first, "first")
@@ -258,7 +260,7 @@ def bad_parent(kind: str) -> Parent:
         ("absent", r"lacks 1 of what it changes, such as .*to_p \(nearest: .*to_q"),
         ("misfit", f"does not fit .* in 1 places, such as {QUERY} .320x320, the model's is 16x16.; merge it into"),
         ("overflow", "to_q.weight .* would not be finite in float16; use smaller weights"),
-        ("nan", "would not be finite"),
+        ("nan", "to_q: the mix overflows float32; use smaller weights"),
         ("nothing", "nothing to merge"),
         ("weight", "the weight inf is no finite number"),
     ],

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sdlora.errors import SdloraError
 from sdlora.lowrank.laws import IA3, Delta, DoRA, Full, LowRank, Replacement
-from sdlora.mixing.merged import BLOCK, Terms, merge
+from sdlora.lowrank.merged import BLOCK, Terms, merge
 from tests.mixing.test_parameters import LAWS
 
 SHAPES = [(32, 32), (32, 32, 3, 3), (32, 32, 1, 1)]
@@ -52,9 +52,9 @@ def test_any_number_of_low_rank_pairs_is_their_weighted_sum(count: int, shape: t
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("block", [1, 900, 2**30])
 def test_blocks_of_rows_make_up_the_whole_with_any_product_of_matrices(monkeypatch, block: int, onednn: bool):
-    monkeypatch.setattr("sdlora.mixing.merged.BLOCK", block)
+    monkeypatch.setattr("sdlora.lowrank.merged.BLOCK", block)
     if not onednn:
-        monkeypatch.setattr("sdlora.mixing.merged.ONEDNN", None)
+        monkeypatch.setattr("sdlora.lowrank.merged.ONEDNN", None)
     shape = (32, 16, 3, 3)
     untouched, terms = numbers(*shape, seed=50), ((pair(shape, 4, 0), 0.7), (Full(numbers(*shape, seed=3)), 0.2))
     expected = untouched.double() + 0.7 * product(terms[0][0]).view(shape) + 0.2 * numbers(*shape, seed=3).double()
