@@ -38,6 +38,9 @@ TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 MODULES = (f"{DOWN}.{QUERY}", f"{DOWN}.{VALUE}", f"{MIDDLE}.{QUERY}", f"{UP}.{VALUE}", TEXT)
 
 
+MIX = "nothing in the way of mixing them, but look at a ladder (--ladder)"
+
+
 def low_rank(module: str, seed: int, rank: int = 3, size: float = 1.0) -> LowRank:
     out, into = toybox_architecture().shapes[module][:2]
     generator = torch.Generator().manual_seed(seed)
@@ -223,12 +226,12 @@ def test_advice_makes_neighbours_a_range(tmp_path: Path) -> None:
 def test_advice_tells_what_is_nearly_one_what_drowns_and_what_hardly_touches(tmp_path: Path) -> None:
     first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
     other = {module: low_rank(module, 40 + i) for i, module in enumerate(MODULES)}
-    assert told(tmp_path, first, other).pairs[0].advice == "A and B hardly touch: mix freely"
+    assert told(tmp_path, first, other).pairs[0].advice == f"A and B hardly touch: {MIX}"
     large = {module: scaled(delta, 5.0) for module, delta in first.items()}
     advice = told(tmp_path, first, large).pairs[0].advice
     assert "nearly the same change (cosine 1.00)" in advice and "B is 5 times as large as A" in advice
     advice = told(tmp_path, {MODULES[0]: first[MODULES[0]]}, {TEXT: first[TEXT]}).pairs[0].advice
-    assert advice == "A and B change different blocks: mix freely"
+    assert advice == f"A and B change different blocks: {MIX}"
     nothing = {module: scaled(delta, 0.0) for module, delta in first.items()}
     found = told(tmp_path, first, nothing)
     assert found.pairs[0].advice == "nothing to compare: B changes nothing that can be measured"
