@@ -142,9 +142,11 @@ def _multiple(batch: int, rows: int) -> int:
 
 
 class _Part(Protocol):
-    """Changes of one kind to one module. slots: of the weights that `add` wants, in order."""
+    """Changes of one kind to one module."""
 
-    slots: Slots
+    @property
+    def slots(self) -> Slots:
+        """Of the weights that `add` wants, in order."""
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add to the output y, in place, what the changes make of x. weights: (1 or batch, slots)."""
@@ -226,15 +228,15 @@ class _Ranks:
         return self._folded[1]
 
 
+@dataclass(frozen=True, eq=False)
 class _Whole:
     """Changes written out, (changes, out, in[, kh, kw])."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], slots: Slots) -> None:
-        self.slots = slots
-        self._changes = _Made(make)
+    changes: _Made
+    slots: Slots
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        (changes,) = self._changes.like(y)
+        (changes,) = self.changes.like(y)
         if isinstance(module, nn.Conv2d) and len(weights) > 1:
             each = _applied(module, x, changes.flatten(0, 1)).unflatten(1, (len(changes), -1))
             y.add_((each * weights[..., None, None, None]).sum(1))
@@ -246,15 +248,15 @@ class _Whole:
             y.view(len(y), -1, y.shape[-1]).baddbmm_(x.reshape(len(x), -1, x.shape[-1]), mixed.mT)
 
 
+@dataclass(frozen=True, eq=False)
 class _Norms:
     """Changes to the weight of a norm, (changes, width): each scales the normalised input."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], slots: Slots) -> None:
-        self.slots = slots
-        self._changes = _Made(make)
+    changes: _Made
+    slots: Slots
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        (changes,) = self._changes.like(y)
+        (changes,) = self.changes.like(y)
         if isinstance(module, nn.LayerNorm):
             normed = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
         else:
@@ -262,15 +264,15 @@ class _Norms:
         y.addcmul_(normed, _along(module, weights @ changes, y))
 
 
+@dataclass(frozen=True, eq=False)
 class _Biases:
     """Changes to a bias, (changes, width)."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], slots: Slots) -> None:
-        self.slots = slots
-        self._changes = _Made(make)
+    changes: _Made
+    slots: Slots
 
     def add(self, module: Any, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        (changes,) = self._changes.like(y)
+        (changes,) = self.changes.like(y)
         y.add_(_along(module, weights @ changes, y))
 
 
@@ -317,11 +319,11 @@ def _parts(module: Any, path: str, terms: Mapping[str, Slotted], base: Base) -> 
     if others:
         deltas, slots = zip(*others, strict=True)
         kind = _Whole if len(shape) > 1 else _Norms
-        yield kind(partial(_stacked, deltas, path, shape, base), slots)
+        yield kind(_Made(partial(_stacked, deltas, path, shape, base)), slots)
     biases = _flat(terms.get(f"{path}.bias", ()))
     if biases:
         deltas, slots = zip(*biases, strict=True)
-        yield _Biases(partial(_stacked, deltas, f"{path}.bias", shape[:1], base), slots)
+        yield _Biases(_Made(partial(_stacked, deltas, f"{path}.bias", shape[:1], base)), slots)
 
 
 def _flat(terms: Slotted) -> Slotted:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import acos, degrees, exp, log
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from sdlora.formats.receipt import Receipt
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.overlap import Change, change_of, overlap, principal_cosines
+from sdlora.workbench.abreast import abreast
 from sdlora.workbench.advice import advice
 from sdlora.workbench.base_norms import base_norms
 from sdlora.workbench.meetings import Measured, Meeting, by_block, by_component, meeting, norm, relative
@@ -28,10 +28,6 @@ from sdlora.workbench.output import Step
 
 LARGEST = 3.4e38  # in float32
 LONGEST = 40  # characters of a label, that of a folder before it apart
-AT_A_TIME = 4  # parameters; one of SDXL that is written out whole takes some 0.2 GB
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def comparing(
         raise SdloraError("conflicts are between LoRAs; name two files or more")
     paths = [Path(file) for file in files]
     architecture = base.architecture if base else _shared([describe(path) for path in paths], partial)
-    opened = [one for _, one in _side_by_side(lambda path: read(path, architecture, partial), paths)]
+    opened = [one for _, one in abreast(lambda path: read(path, architecture, partial), paths)]
     adapters = [adapter for adapter, _ in opened]
     parameters = list(dict.fromkeys(path for adapter in adapters for path in adapter.deltas))
     norms = base_norms(base, parameters, cache) if base else {}
@@ -151,7 +147,7 @@ def comparing(
     def work(path: str) -> tuple[Measured, dict[int, str]]:
         return _measured(path, adapters, base, norms.get(path))
 
-    for done, (path, (one, reasons)) in enumerate(_side_by_side(work, parameters), 1):
+    for done, (path, (one, reasons)) in enumerate(abreast(work, parameters), 1):
         measured.append(one)
         for which, reason in reasons.items():
             unmeasured[which][path] = reason
@@ -162,7 +158,7 @@ def comparing(
         for i, (_, receipt) in enumerate(opened)
     )
     both = list(combinations(range(len(files)), 2))
-    pairs = tuple(one for _, one in _side_by_side(lambda two: _pair(two, measured, sized, adapters, base), both))
+    pairs = tuple(one for _, one in abreast(lambda two: _pair(two, measured, sized, adapters, base), both))
     return Conflicts(sized, pairs, base.path if base else None, *_equalised(sized))
 
 
@@ -216,20 +212,6 @@ def _change(path: str, delta: Delta, base: Checkpoint | None) -> Change:
     if not change.norm < LARGEST:
         raise SdloraError("numbers so large that float32 cannot hold the change; it cannot be applied")
     return change
-
-
-def _side_by_side(work: Callable[[S], T], items: Sequence[S]) -> Iterator[tuple[S, T]]:
-    """(item, work(item)) in order; several at a time, each on one thread.
-
-    Several threads gain nothing on matrices as small as these, and where a core is busy they wait for each other.
-    """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(threads, AT_A_TIME), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from zip(items, pool.map(work, items), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what the workers set holds for threads to come, too
 
 
 def _pair(

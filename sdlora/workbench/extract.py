@@ -1,10 +1,8 @@
 """Extracting: what a tuned model learned beyond its base, as a LoRA, module after module."""
 
 import json
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +15,10 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, Full, LowRank
 from sdlora.lowrank.laws.delta import matches, times
 from sdlora.lowrank.truncation import Keep, Kept, decompose
+from sdlora.workbench.abreast import abreast
 from sdlora.workbench.output import Step
 
 RECORD = "sdlora.extracted"
-AT_A_TIME = 4  # modules; the largest of SDXL take some 0.7 GB each
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +65,7 @@ def extract(
         change = _change(base, tuned, path)
         return None if change is None else decompose(change, keep, clamp, dtype)
 
-    for done, (path, found) in enumerate(_side_by_side(work, modules), 1):
+    for done, (path, found) in enumerate(abreast(work, modules), 1):
         if found is not None:
             deltas[path], kept[path] = found
         yield Step(done, len(modules), path, kept.get(path))
@@ -88,20 +84,6 @@ def extract(
     unchanged = tuple(path for path in modules if path not in kept)
     absent = tuple(sorted({*base.components} ^ {*tuned.components}))
     return Extracted(adapter, kept, unchanged, tuple(left), absent)
-
-
-def _side_by_side(work: Callable[[str], T], paths: Sequence[str]) -> Iterator[tuple[str, T]]:
-    """(path, work(path)) in order; several modules at a time, each on one thread.
-
-    Several threads gain little on the decomposition of one matrix, and where a core is busy they wait for each other.
-    """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(threads, AT_A_TIME), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from zip(paths, pool.map(work, paths), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what the workers set holds for threads to come, too
 
 
 def _components(base: Checkpoint, tuned: Checkpoint, asked: Sequence[str] | None) -> tuple[str, ...]:
