@@ -152,11 +152,12 @@ def _wire_row(rack: Rack, row: Row) -> None:
         return {rack.shown: left, **boxes, **row.defaults}
 
     chosen = gr.on([row.lora.change, rack.model.change], describe, [row.lora, rack.model], row.words, **QUIET)
-    chosen.then(tell, told, shows, **QUIET)
+    in_order = {**QUIET, "concurrency_id": f"tell-{index}"}  # else what is told late could be of an earlier state
+    chosen.then(tell, told, shows, **in_order)
     encoders = list(row.encoders.values())  # those that no longer follow the weight begin where it stands
     begun = row.follows.input(lambda weight: [weight] * len(encoders), row.weight, encoders, **QUIET)
-    begun.then(tell, told, shows, **QUIET)
-    quick = {**QUIET, "trigger_mode": "always_last"}
+    begun.then(tell, told, shows, **in_order)
+    quick = {**in_order, "trigger_mode": "always_last"}
     gr.on([widget.change for widget in row.settings[1:]], tell, told, shows, **quick)
     row.remove.click(remove, rack.shown, [rack.shown, *(one.box for one in rack.rows), *row.defaults], **QUIET)
 

@@ -10,7 +10,9 @@ from tests.web.pages import Open, choose_lora, file_shown, generate, job_shown, 
 
 
 def unfold(page: Any, where: str) -> None:
+    """Open a fold, and wait until the page is idle: what is typed while gradio still builds what is in it, is lost."""
     page.locator(f"{where} .label-wrap").first.click()
+    page.evaluate("() => new Promise(done => requestIdleCallback(() => requestIdleCallback(done)))")
 
 
 def write(page: Any, where: str, text: str) -> None:
