@@ -16,7 +16,7 @@ from sdlora.formats.atomic import replace_file
 from sdlora.formats.layouts import Met
 from sdlora.formats.read import describe
 from sdlora.formats.receipt import Receipt
-from sdlora.formats.sources import CONFIG, WEIGHTS
+from sdlora.formats.sources import files_of, loras_below
 
 FORMAT = f"{__version__} 1"  # of the cache; another one is not read
 YOUNG = 2.0  # seconds; what is wrong with a file as young as that may be over soon, and is not remembered
@@ -49,7 +49,7 @@ class Described:
 
 
 def scan(folders: Iterable[Path | str], cache: Path | None = None) -> tuple[Described, ...]:
-    """Every LoRA below the folders, by path: .safetensors files, PEFT folders as one; hidden ones are left out.
+    """Every LoRA below the folders, by path.
 
     cache: a file that keeps what was found, so that only what is new or has changed is looked at (see
     `default_cache`). One that is damaged or of another version is thrown away.
@@ -82,18 +82,12 @@ def default_cache() -> Path:
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
     """Path, size and time of each LoRA below a folder. What goes away meanwhile is left out."""
-    for place, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(".safetensors"):
-                peft = name == WEIGHTS and CONFIG in names
-                parts = [Path(place, name), Path(place, CONFIG)] if peft else [Path(place, name)]
-                try:
-                    states = [part.stat() for part in parts]
-                except OSError:
-                    continue
-                size, modified = sum(one.st_size for one in states), sum(one.st_mtime_ns for one in states)
-                yield Path(place) if peft else parts[0], size, modified
+    for path in loras_below(folder):
+        try:
+            states = [file.stat() for file in files_of(path)]
+        except OSError:
+            continue
+        yield path, sum(one.st_size for one in states), sum(one.st_mtime_ns for one in states)
 
 
 def _described(path: Path, size: int, modified: int, met: Met) -> Described:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from sdlora.errors import SdloraError
 from sdlora.formats.header import refuse_odd_path
 from sdlora.formats.peft_config import PeftConfig, parse
 
+SUFFIX = ".safetensors"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("text_encoder_2", "text_encoder", "unet")  # longer names first: they are looked for at the start
 LONGEST_CONFIG = 1_000_000  # bytes
@@ -38,7 +41,7 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
         return (_source(path / WEIGHTS),)
     found = []
     for entry in sorted(path.iterdir()):
-        if _component(entry.name) and (entry.suffix == ".safetensors" or (entry / CONFIG).is_file()):
+        if _component(entry.name) and (entry.suffix == SUFFIX or (entry / CONFIG).is_file()):
             found.append(_source(entry / WEIGHTS if entry.is_dir() else entry))
     below = sorted(path.glob(f"*/{CONFIG}"))
     if not found and len(below) == 1:
@@ -51,6 +54,28 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
             "or a folder with one of them for each of unet, text_encoder and text_encoder_2"
         )
     return tuple(found)
+
+
+def loras_below(place: Path) -> Iterator[Path]:
+    """Each LoRA below a folder: .safetensors files, PEFT folders as one; hidden ones left out. A file is its own."""
+    if not place.is_dir():
+        yield place
+    for folder, below, names in os.walk(place):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(SUFFIX):
+                yield Path(folder) if name == WEIGHTS and CONFIG in names else Path(folder, name)
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files of one that `loras_below` has found."""
+    return (path / WEIGHTS, path / CONFIG) if path.is_dir() else (path,)
+
+
+def name_of(path: Path, place: Path | None = None) -> str:
+    """What a LoRA is called: its path below a place, or the last part of it alone, without .safetensors."""
+    name = path.relative_to(place).as_posix() if place and path != place else path.name
+    return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
 
 
 def _source(file: Path) -> Source:

@@ -84,7 +84,7 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
     while not mixer.lock.acquire(timeout=0.1):
         yield Progress(0, 0, wanted[0].steps)
     try:
-        done = 0
+        mixer.rendering, done = True, 0
         for batch in _batches(wanted, (rows or _room(mixer, jobs[0])) if len(jobs) > 1 else 1):
             batch, steps = hold(mixer, batch), len(scheduler_for(mixer.pipeline, batch[0]).timesteps)
             latents: Tensor | None = None
@@ -95,6 +95,7 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
                 yield Picture(decode(mixer.pipeline, one[None]), job)
             done += len(batch)
     finally:
+        mixer.rendering = False
         mixer.lock.release()
 
 

@@ -42,7 +42,8 @@ class Mixer:
     until it is unloaded, whatever its weight. If a change fails midway, nothing is applied any more: the state is
     "base", and the adapters stay at hand.
     model: the name of the base in plans; cache: bytes of adapters to keep in memory for when they are asked for again.
-    A mixer belongs to one thread at a time: whoever sets weights and then generates holds `lock` for that long.
+    A mixer belongs to one thread at a time: whoever sets weights and then generates holds `lock` for that long. While
+    `render` or `using` does, others are refused to load, set or unload.
     """
 
     def __init__(self, pipeline: Any, model: str = "", cache: int = CACHE) -> None:
@@ -52,6 +53,7 @@ class Mixer:
         self.pipeline = pipeline
         self.model = model
         self.lock = threading.Lock()
+        self.rendering = False  # as `render` says
         self.architecture = architecture_of(components)
         self._components = tuple(components)
         self._base = Base(components, source_of(pipeline, model))
@@ -118,6 +120,7 @@ class Mixer:
 
     def unload(self, name: str) -> None:
         """Take an adapter, its effect and its tokens away."""
+        self._refuse_amid()
         self._known(name)
         books = {other: book for other, book in self._books.items() if other != name}
         plans = (replace(plan, loras=tuple(one for one in plan.loras if one.path != name)) for plan in self._plans)
@@ -140,6 +143,7 @@ class Mixer:
 
         Unknown names and components and weights that are no finite numbers raise SdloraError and change nothing.
         """
+        self._refuse_amid()
         self.apply(self.plan(weights))
 
     def apply(self, *plans: Plan, live: bool = False) -> None:
@@ -203,6 +207,11 @@ class Mixer:
         if self._user == threading.get_ident():
             raise SdloraError("this thread is using a plan of the mixer already; leave `with mixer.using` first")
 
+    def _refuse_amid(self) -> None:
+        """SdloraError while a job or another thread's `using` counts on what is in force."""
+        if self.rendering or self._user not in (None, threading.get_ident()):
+            raise SdloraError("the mixer is in use by a job that is not done; wait for it, or change the next job")
+
     def _known(self, name: str) -> None:
         if name not in self._books:
             raise SdloraError(f"no LoRA named {name!r} is loaded{nearest(name, self._books)}; load it first")
@@ -213,6 +222,7 @@ class Mixer:
 
     def _put(self, name: str, book: Book) -> None:
         """At hand under this name from now on; plans in force follow it."""
+        self._refuse_amid()
         if self._books.get(name) is not book:
             changed = {name: book.content}
             plans = tuple(_renewed(plan, changed) for plan in self._plans)

@@ -1,4 +1,4 @@
-"""The LoRA files that the app offers. Pages name them by opaque ids; paths never come from a browser."""
+"""The LoRAs that the app offers. Pages name them by opaque ids; paths never come from a browser."""
 
 import hashlib
 import os
@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
-from sdlora.generation.prompts.tags import Names, name_of
-
-SUFFIX = ".safetensors"
+from sdlora.formats.sources import SUFFIX, files_of, loras_below, name_of
+from sdlora.generation.prompts.tags import Names
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the library: what pages call it, what they show of it, where it lies."""
+    """A LoRA of the library, a file or a PEFT folder: what pages call it, what they show of it, where it lies."""
 
     id: str
     label: str
@@ -23,7 +22,7 @@ class Entry:
 
 
 class Library:
-    """LoRA files below some folders, and uploaded ones, which stay until the app ends."""
+    """LoRAs below some folders, and uploaded ones, which stay until the app ends."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(folders)
@@ -38,12 +37,10 @@ class Library:
     def scan(self) -> tuple[Entry, ...]:
         """Look at the folders anew: finished files only, and none that a link leads out of its folder."""
         found = {}
-        for folder in self.folders:
-            root = folder.resolve()
-            for path in sorted(root.rglob(f"*{SUFFIX}")):
-                inside = path.resolve().is_relative_to(root) and path.is_file()
-                if inside and not any(part.startswith(".") for part in path.relative_to(root).parts):
-                    entry = Entry(_id(path), label(path.relative_to(root).with_suffix("").as_posix()), path)
+        for root in (folder.resolve() for folder in self.folders):
+            for path in sorted(loras_below(root)):
+                if all(file.is_file() and file.resolve().is_relative_to(root) for file in files_of(path)):
+                    entry = Entry(_id(path), label(name_of(path, root)), path)
                     found[entry.id] = entry
         with self._lock:
             self._found = found

@@ -17,6 +17,7 @@ from sdlora.formats.architectures import LABELS, Architecture, known
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import name_of
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.overlap import Change, change_of, overlap, principal_cosines
@@ -274,7 +275,7 @@ def _equalised(sized: Sequence[Sized]) -> tuple[tuple[float, ...] | None, str]:
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """The names without the ending; where two are alike, the folder before it, or else a number behind it."""
-    short = [_cut(path.absolute().name.removesuffix(".safetensors")) for path in paths]
+    short = [_cut(name_of(path.absolute())) for path in paths]
     long = [f"{_cut(path.absolute().parent.name)}/{name}" for path, name in zip(paths, short, strict=True)]
     pairs = list(zip(short, long, strict=True))
     found = [name if short.count(name) == 1 or long.count(more) > 1 else more for name, more in pairs]

@@ -14,10 +14,9 @@ from sdlora.formats.architectures import LABELS, Architecture, known
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import SUFFIX
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.blend import Weights
-
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sdlora.errors import SdloraError
 from sdlora.formats.write import write
 from sdlora.generation.job import Job, LoraWeight
 from sdlora.generation.open import open_mixer
@@ -101,6 +102,29 @@ def test_a_cancelled_job_stops_within_one_step_and_the_next_one_is_right(mixer: 
     finally:
         hook.remove()
     assert bits_of(mixer, job) == wanted
+
+
+def test_nobody_changes_the_mix_while_a_job_or_another_thread_counts_on_it(mixer: Mixer, files: list[Path]):
+    job = Job(prompt="a red cat", loras=(LoraWeight(path=str(files[0])),), steps=3, width=32, height=32)
+    wanted = bits_of(mixer, job)
+    mixer.load(files[1], name="b")
+
+    def refused() -> None:
+        changes = (lambda: mixer.set({}), lambda: mixer.unload("b"), lambda: mixer.load(files[2], name="c"))
+        for change in changes:
+            with pytest.raises(SdloraError, match="in use by a job"):
+                change()
+
+    events = render(mixer, job)
+    next(events)
+    refused()
+    (picture,) = [event for event in events if isinstance(event, Picture)]
+    assert picture.image.tobytes() == wanted
+    mixer.load(files[1], name="b")
+    with mixer.using(mixer.plan({"b": 1.0})), ThreadPoolExecutor(1) as other:
+        other.submit(refused).result()
+        mixer.set({"b": 0.5})  # whoever uses it may
+    mixer.unload("b")
 
 
 def test_a_job_that_waits_says_so_and_can_be_cancelled_while_it_waits(mixer: Mixer):

@@ -24,6 +24,19 @@ def test_finished_files_below_the_folder_are_offered(tmp_path: Path) -> None:
     assert library.path(library.entries[1].id) == tmp_path / "zib.safetensors"
 
 
+def test_a_folder_of_peft_is_one_lora(tmp_path: Path) -> None:
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        _file(tmp_path / "library" / "v1.5" / file)
+    library = Library([tmp_path / "library"])
+    (entry,) = library.entries
+    assert (entry.label, entry.path) == ("v1.5", tmp_path / "library" / "v1.5")
+    assert library.names["v1.5"] == entry.path
+    config = tmp_path / "library" / "v1.5" / "adapter_config.json"
+    config.rename(tmp_path / "config.json")
+    config.symlink_to(tmp_path / "config.json")
+    assert library.scan() == (), "a link leads out of the library"
+
+
 def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     secret = _file(tmp_path / "elsewhere" / "secret.safetensors")
     (tmp_path / "library").mkdir()

@@ -7,7 +7,6 @@ that is no number, a tag that never ends.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,11 @@ from typing import Any
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.block_weights import PRESETS, Factors, read_factors, write_factors
-from sdlora.formats.sources import CONFIG
+from sdlora.formats.sources import SUFFIX, loras_below, name_of
 from sdlora.generation.job import Job
 from sdlora.mixing.plan import LoraWeight
 from sdlora.mixing.schedule import Schedule, parse_schedule, progress_of, window
 
-SUFFIX = ".safetensors"
 WORDS = ("te", "te2", "unet", "lbw", "x", "start", "stop", "step", "schedule")
 _ALIASES = {"w": "lbw"}
 _REFUSED = {
@@ -279,11 +277,6 @@ def _shown(number: float) -> str:
 # Names
 
 
-def name_of(path: Path) -> str:
-    """What a LoRA is called: its file's name without .safetensors, or its folder's."""
-    return path.name[: -len(SUFFIX)] if path.name.lower().endswith(SUFFIX) else path.name
-
-
 class Names(Mapping[str, Path]):
     """Files by name. Asking for a name that several have raises SdloraError, which lists what they are called else."""
 
@@ -316,20 +309,5 @@ def names_of(places: Iterable[Path | str]) -> Names:
 
     places: files, PEFT folders, and folders that hold such; hidden ones are left out.
     """
-    return Names((path, dict.fromkeys((name_of(path), inside))) for path, inside in _files(map(Path, places)))
-
-
-def _files(places: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Each LoRA and its path below its place, without suffix."""
-    for root in places:
-        if not root.is_dir() or (root / CONFIG).is_file():
-            yield root, name_of(root)
-            continue
-        for place, below, names in os.walk(root):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            here = Path(place)
-            if CONFIG in names:
-                yield here, here.relative_to(root).as_posix()
-            for name in sorted(names):
-                if CONFIG not in names and not name.startswith(".") and name.lower().endswith(SUFFIX):
-                    yield here / name, (here / name_of(Path(name))).relative_to(root).as_posix()
+    found = ((path, place) for place in map(Path, places) for path in loras_below(place))
+    return Names((path, dict.fromkeys((name_of(path), name_of(path, place)))) for path, place in found)
