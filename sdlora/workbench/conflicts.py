@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from math import acos, degrees, exp, log
+from math import acos, copysign, degrees, exp, log
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,19 @@ def _equalised(sized: Sequence[Sized]) -> tuple[tuple[float, ...] | None, str]:
     sizes = relatives if len(relatives) == len(sized) else [one.norm for one in sized]
     mean = exp(sum(map(log, sizes)) / len(sizes))
     return tuple(mean / size for size in sizes), ""
+
+
+def at_present_size(equalised: Sequence[float], now: Sequence[float], largest: float) -> tuple[float, ...]:
+    """Equalised weights for people who have set others: as large as those in the mean, and with their signs.
+
+    equalised: see Conflicts. now: the weights that are set; their geometric mean, 1 where one of them is 0, becomes
+    that of the result. largest: no weight goes beyond it; all shrink together. Rounded to three significant digits, so
+    that none becomes 0.
+    """
+    mean = exp(sum(log(abs(weight)) for weight in now) / len(now)) if all(now) else 1.0
+    mean = min(mean, largest / max(equalised))
+    pairs = zip(equalised, now, strict=True)
+    return tuple(float(f"{copysign(mean * weight, before or 1.0):.3g}") for weight, before in pairs)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

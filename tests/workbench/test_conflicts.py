@@ -18,7 +18,7 @@ from sdlora.formats.checkpoints import Checkpoint, open_checkpoint
 from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Delta, Full, LowRank
-from sdlora.workbench.conflicts import Conflicts, conflicts
+from sdlora.workbench.conflicts import Conflicts, at_present_size, conflicts
 from sdlora.workbench.heat_map import (
     ALIKE,
     COLUMN,
@@ -197,6 +197,23 @@ def test_at_the_equalised_weights_all_have_one_size(tmp_path: Path, base: Checkp
     assert again.equalised == pytest.approx((1, 1, 1), rel=1e-4)
     equal = [one.relative if with_base else one.norm for one in again.adapters]
     assert equal == pytest.approx([equal[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("equalised", "now", "wanted"),
+    [
+        ((2.0, 0.5), (0.8, 0.2), (0.8, 0.2)),  # of one size already
+        ((1.0, 1.0), (-0.8, 0.8), (-0.8, 0.8)),
+        ((2.0, 0.5), (-0.4, -0.4), (-0.8, -0.2)),
+        ((4.0, 0.25), (1.0, 1.0), (2.0, 0.125)),  # a slider ends at 2
+        ((400.0, 1 / 400), (0.8, 0.8), (2.0, 1.25e-5)),
+        ((2.0, 0.5), (0.0, -3.0), (2.0, -0.5)),
+    ],
+)
+def test_equalised_weights_keep_the_mean_and_the_signs_of_those_that_are_set(
+    equalised: tuple[float, ...], now: tuple[float, ...], wanted: tuple[float, ...]
+) -> None:
+    assert at_present_size(equalised, now, 2.0) == pytest.approx(wanted, rel=5e-3)
 
 
 def told(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], base: Checkpoint | None = None) -> Conflicts:
