@@ -109,6 +109,7 @@ def read(path: Path | str, architecture: Architecture | None = None, partial: bo
         receipt,
         sha256=sha256,
         autov3=autov3,
+        content=_content(opened.sources, sha256),
         finite=True,
         applied={name: Applied(delta.name, delta.rank, alphas[name]) for name, delta in deltas.items()},
         misfit=(*receipt.misfit, *odd),
@@ -260,6 +261,12 @@ def _load(opened: _Opened) -> tuple[dict[str, Tensor], str, str]:
     joined = ("".join(getattr(one, name) for one in hashes).encode() for name in ("sha256", "autov3"))
     whole, body = (hashlib.sha256(text).hexdigest() for text in joined)
     return tensors, whole, body
+
+
+def _content(sources: tuple[Source, ...], weights: str) -> str:
+    """weights: the hash of the weights. A PEFT folder's config and whose part is whose count too."""
+    told = [(source.component, source.written) for source in sources]
+    return weights if told == [(None, b"")] else hashlib.sha256(f"{weights} {told}".encode()).hexdigest()
 
 
 def _deltas(opened: _Opened, chosen: Fit, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:

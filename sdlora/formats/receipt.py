@@ -29,6 +29,7 @@ class Receipt:
     applied: by path of the parameter; unknown: keys that name no module or mean nothing known; incomplete: a line for
     each module whose parts make no delta; misfit: a line for each module whose shape is not the model's.
     sha256, autov3: of the whole file and of what follows its header, "" where only the header was read.
+    content: a hash of all that counts of it, of a plain file its sha256; of a PEFT folder its config counts too.
     finite: None where only the header was read (a file with nan or infinite numbers is never applied).
     """
 
@@ -36,6 +37,7 @@ class Receipt:
     size: int
     sha256: str = ""
     autov3: str = ""
+    content: str = ""
     made_for: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
     applied: Mapping[str, Applied] = field(default_factory=dict)

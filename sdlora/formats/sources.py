@@ -19,10 +19,14 @@ LONGEST_CONFIG = 1_000_000  # bytes
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a LoRA. config: PEFT's, which lies beside; component: the one it is about, where its place tells."""
+    """A file of a LoRA. config: PEFT's, which lies beside; component: the one it is about, where its place tells.
+
+    written: the config as it stands in its file.
+    """
 
     path: Path
     config: PeftConfig | None = None
+    written: bytes = b""
     component: str | None = None
 
 
@@ -81,18 +85,20 @@ def name_of(path: Path, place: Path | None = None) -> str:
 def _source(file: Path) -> Source:
     config = file.with_name(CONFIG)
     if file.name == WEIGHTS and config.is_file():
-        return Source(file, _config(config), _component(file.parent.name) or _component(file.parent.parent.name))
-    return Source(file, None, _component(file.name) if file.stem.partition("-")[0] in COMPONENTS else None)
+        component = _component(file.parent.name) or _component(file.parent.parent.name)
+        return Source(file, *_config(config), component)
+    return Source(file, component=_component(file.name) if file.stem.partition("-")[0] in COMPONENTS else None)
 
 
 def _component(name: str) -> str | None:
     return next((component for component in COMPONENTS if name.startswith(component)), None)
 
 
-def _config(path: Path) -> PeftConfig:
+def _config(path: Path) -> tuple[PeftConfig, bytes]:
     try:
         if path.stat().st_size > LONGEST_CONFIG:
             raise SdloraError(f"{path} is too long to be a PEFT config; save the adapter again")
-        return parse(path.read_text("utf-8"), str(path))
+        written = path.read_bytes()
+        return parse(written.decode("utf-8"), str(path)), written
     except (OSError, UnicodeDecodeError) as error:
         raise SdloraError(f"{path} cannot be read ({error}); save the adapter again") from error

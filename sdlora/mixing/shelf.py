@@ -28,7 +28,7 @@ STAMPS = 4096  # files whose content is known by their stamp; what is forgotten 
 
 @dataclass(frozen=True, eq=False)
 class Book:
-    """An adapter and a hash of all that counts of it, of a file its sha256. receipt: None where it was not read."""
+    """An adapter and a hash of all that counts of it (see `Receipt`). receipt: None where it was not read."""
 
     adapter: Adapter
     content: str
@@ -66,7 +66,7 @@ class Shelf:
             return self._taken((seen.content, partial), path)
         settled = time.time_ns() - max(changed for _, _, changed in stamp) > SETTLED
         adapter, receipt = read(path, self.architecture, partial)
-        book = Book(adapter, _content(path, receipt.sha256), receipt)
+        book = Book(adapter, receipt.content, receipt)
         self._seen[path, partial] = _Seen(stamp, book.content, settled)
         self._seen.move_to_end((path, partial))
         if len(self._seen) > STAMPS:
@@ -127,13 +127,6 @@ def _numbers(delta: object) -> str:
         if not hasattr(value, "dtype"):
             told.append(f"{name}={_numbers(value) if hasattr(value, 'fits') else value!r}")
     return f"{type(delta).__name__}({', '.join(told)})"
-
-
-def _content(path: Path, weights: str) -> str:
-    """weights: the hash of the weights. A PEFT folder's config and whose part is whose count too."""
-    sources = sources_of(path)
-    told = [(one.component, one.path.with_name(CONFIG).read_bytes() if one.config else b"") for one in sources]
-    return weights if told == [(None, b"")] else sha256(f"{weights} {told}".encode()).hexdigest()
 
 
 def _stamp(path: Path) -> Stamp:

@@ -1,7 +1,9 @@
 """Reading: key by key, with a receipt; what cannot be applied is named, what does not belong is refused."""
 
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,23 @@ def test_what_is_written_is_read_again(tmp_path, kind, naming):
     for path, delta in adapter.deltas.items():
         base = torch.zeros(delta.shape)
         assert torch.equal(again.deltas[path].weight(base), delta.weight(base)), path
+
+
+def test_content_is_all_that_counts_of_what_was_read(tmp_path):
+    """Of a plain file that is its hash; of a PEFT folder its config counts too, which alone tells the alpha."""
+    architecture, file = architecture_of(components_of(tiny_pipeline())), tmp_path / "a.safetensors"
+    write(attention_lora(architecture), file, "kohya")
+    receipt = read(file, architecture)[1]
+    assert receipt.content == receipt.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    write(attention_lora(architecture), tmp_path / "one", "peft")
+    shutil.copytree(tmp_path / "one", tmp_path / "same")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    config = tmp_path / "other" / "unet" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 1,', '"lora_alpha": 2,'))
+    one, same, other = (read(tmp_path / name, architecture)[1] for name in ("one", "same", "other"))
+    assert one.sha256 == same.sha256 == other.sha256
+    assert one.content == same.content != other.content
+    assert one.content not in (one.sha256, "")
 
 
 def test_names_are_decided_key_by_key(tmp_path):
