@@ -11,7 +11,8 @@ from sdlora.lowrank.laws import Delta
 if TYPE_CHECKING:
     from torch import Tensor
 
-Embeddings = Mapping[str, Mapping[str, "Tensor"]]
+Vectors = Mapping[str, "Tensor"]  # (n, width) by name
+Embeddings = Mapping[str, Vectors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,3 +32,9 @@ class Adapter:
     def component(self, name: str) -> Mapping[str, Delta]:
         """The deltas of one component ("unet", "text_encoder", ...), still under their full paths."""
         return {path: delta for path, delta in self.deltas.items() if path.partition(".")[0] == name}
+
+
+def same_vectors(one: Vectors, other: Vectors) -> bool:
+    """Whether these are the same vectors under the same names: what two LoRAs that bring one token must agree in."""
+    equal = (one[name].float().equal(other[name].float()) for name in one.keys() & other.keys())
+    return one.keys() == other.keys() and all(equal)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import SdloraError, nearest
-from sdlora.lowrank.adapter import Adapter, Embeddings
+from sdlora.lowrank.adapter import Adapter, Embeddings, same_vectors
 from sdlora.lowrank.effect import balanced, factor_pair, linear_change
 from sdlora.lowrank.laws import Delta, Full, LowRank, Replacement
 from sdlora.lowrank.laws.delta import Shape, times
@@ -341,16 +341,12 @@ def _embeddings(parents: Sequence[_Parent]) -> Embeddings:
     for parent in parents:
         for token, vectors in parent.adapter.embeddings.items():
             first, known = found.setdefault(token, (parent.index, vectors))
-            if not _same(known, vectors):
+            if not same_vectors(known, vectors):
                 raise SdloraError(
                     f"the token {token!r} has one meaning in adapter {first} and another in adapter {parent.index};"
                     " rename it in one of them, or leave one out"
                 )
     return {token: vectors for token, (_, vectors) in found.items()}
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name].float(), other[name].float()) for name in one)
 
 
 def _matching(pattern: str, paths: Sequence[str]) -> list[str]:

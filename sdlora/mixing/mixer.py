@@ -20,14 +20,14 @@ from weakref import ref
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import architecture_of
 from sdlora.formats.receipt import Receipt
-from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.mixing.base import Base
 from sdlora.mixing.live import Live
 from sdlora.mixing.plan import LoraWeight, Plan, Weights, lora_weight
 from sdlora.mixing.schedule import progress_of
 from sdlora.mixing.shelf import Book, Shelf, content_of
 from sdlora.mixing.succession import Word, leave_word, refuse_foreign, take_over
-from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put, same
+from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put
 from sdlora.mixing.ways import Ways, ways
 from sdlora.models.families import components_of, family_of
 from sdlora.models.load import source_of
@@ -282,7 +282,7 @@ class Mixer:
         found = {}
         for component, own in self._own.items():
             vectors, held = tokens.get(component, {}), self._vocabularies[component]
-            found[component] = held if same(vectors, held.learned) else grown(own, vectors)
+            found[component] = held if same_vectors(vectors, held.learned) else grown(own, vectors)
         return found
 
 

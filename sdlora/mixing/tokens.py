@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.adapter import Adapter, Vectors, same_vectors
 from sdlora.lowrank.laws.delta import times
 from sdlora.mixing.placement import obstacle
 
 MOST_VECTORS = 1024  # that a text encoder takes at once; files bring a handful, and checking them costs their square
 LONGEST_TOKEN = 100  # characters
 
-Vectors = Mapping[str, Tensor]  # of one text encoder: (n, width) by learned token
-
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """What a text encoder reads: a tokenizer and, for the tokens that this has learned, rows of the embedding.
 
-    learned: what the rows were made of, nothing for the base's own vocabulary. rows: (n, width), from row `start` on.
-    size: how many rows the base has.
+    learned: what the rows were made of, by token; nothing for the base's own vocabulary. rows: (n, width), from row
+    `start` on. size: how many rows the base has.
     """
 
     tokenizer: Any
@@ -72,7 +70,7 @@ def learned(adapters: Mapping[str, Adapter]) -> dict[str, Vectors]:
         for token, vectors in adapters[name].embeddings.items():
             for spelling in _spellings(token):
                 other, theirs = brought.setdefault(spelling, (name, vectors))
-                if not same(vectors, theirs):
+                if not same_vectors(vectors, theirs):
                     raise SdloraError(
                         f"{other} and {name} bring the token {token!r} with different vectors; unload one of the two"
                     )
@@ -104,12 +102,6 @@ def grown(own: Vocabulary, learned: Vectors) -> Vocabulary:
         if ids != [i]:
             raise SdloraError(f"the model's tokenizer cannot learn the token {word!r}; rename it in its file")
     return replace(own, tokenizer=tokenizer, learned=learned, rows=rows)
-
-
-def same(vectors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether these are the same vectors under the same names."""
-    equal = (torch.equal(vectors[name].float(), others[name].float()) for name in vectors.keys() & others.keys())
-    return vectors.keys() == others.keys() and all(equal)
 
 
 def put(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:

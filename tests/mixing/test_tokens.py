@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import SdloraError
-from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.lowrank.laws import Full
 from sdlora.mixing.mixer import Mixer
 from sdlora.mixing.tokens import MOST_VECTORS
@@ -284,3 +284,11 @@ def test_an_adapter_whose_mix_overflows_brings_no_token():
     with pytest.raises(SdloraError, match="overflows float16"):
         mixer.add(huge, "one")
     assert same_state(pipeline, base)
+
+
+def test_vectors_are_the_same_under_the_same_names_in_whatever_precision():
+    one, both = {"text_encoder": rows(1)}, {"text_encoder": rows(1), "text_encoder_2": rows(1)}
+    half = {"text_encoder": rows(1).half()}
+    assert same_vectors(one, dict(one)) and same_vectors(both, dict(both))
+    assert not same_vectors(one, both) and not same_vectors(both, one)
+    assert not same_vectors(one, half) and same_vectors(half, {"text_encoder": rows(1).half().double()})
