@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,16 +16,16 @@ from sdlora.formats.layouts import Met
 from sdlora.formats.read import describe
 from sdlora.formats.receipt import Receipt
 from sdlora.formats.sources import files_of, loras_below
+from sdlora.formats.stamp import Stamp, stamp_of
 
 FORMAT = f"{__version__} 1"  # of the cache; another one is not read
-YOUNG = 2.0  # seconds; what is wrong with a file as young as that may be over soon, and is not remembered
 
 
 @dataclass(frozen=True)
 class Described:
     """A LoRA of the library, as much as a list shows; or, in `problem`, the one line that says why it is none.
 
-    size in bytes, modified in nanoseconds: of the file, or of the weights of a PEFT folder (and its config, added).
+    size in bytes, modified in nanoseconds: of the file, or of the files of a folder, added.
     components, laws: how many parameters; ranks: in words; the last three: how many keys and modules do not apply.
     The other fields are those of a receipt.
     """
@@ -62,13 +61,17 @@ def scan(folders: Iterable[Path | str], cache: Path | None = None) -> tuple[Desc
     known = _load(cache) if cache else {}
     met = Met()
     found: dict[str, Described] = {}
+    lasting: dict[str, Described] = {}  # what is wrong with a file that was written just now may be over soon
     for folder in places:
-        for path, size, modified in _files(folder):
+        for path, stamps in _files(folder):
+            size, modified = (sum(numbers) for numbers in zip(*stamps, strict=True))
             before = known.get(str(path))
             same = before is not None and (before.size, before.modified) == (size, modified)
-            found[str(path)] = before if before and same else _described(path, size, modified, met)
+            one = before if before and same else _described(path, size, modified, met)
+            found[str(path)] = one
+            if not one.problem or all(stamp.settled for stamp in stamps):
+                lasting[str(path)] = one
     elsewhere = {path: one for path, one in known.items() if not any(_below(path, folder) for folder in places)}
-    lasting = {path: one for path, one in found.items() if not (one.problem and _young(one))}
     if cache and elsewhere | lasting != known:
         _save(cache, elsewhere | lasting)
     return tuple(found[path] for path in sorted(found))
@@ -80,14 +83,13 @@ def default_cache() -> Path:
     return Path(place) / "sdlora" / "library.json"
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """Path, size and time of each LoRA below a folder. What goes away meanwhile is left out."""
+def _files(folder: Path) -> Iterator[tuple[Path, list[Stamp]]]:
+    """Each LoRA below a folder, and the stamps of its files. What goes away meanwhile is left out."""
     for path in loras_below(folder):
         try:
-            states = [file.stat() for file in files_of(path)]
+            yield path, [stamp_of(file) for file in files_of(path)]
         except OSError:
             continue
-        yield path, sum(one.st_size for one in states), sum(one.st_mtime_ns for one in states)
 
 
 def _described(path: Path, size: int, modified: int, met: Met) -> Described:
@@ -115,10 +117,6 @@ def _shown(receipt: Receipt, size: int, modified: int) -> Described:
         incomplete=len(receipt.incomplete),
         misfit=len(receipt.misfit),
     )
-
-
-def _young(one: Described) -> bool:
-    return abs(time.time() - one.modified / 1e9) < YOUNG
 
 
 def _below(path: str, folder: Path) -> bool:

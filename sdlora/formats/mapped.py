@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 import weakref
 from math import prod
 from pathlib import Path
@@ -13,15 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from sdlora.errors import SdloraError
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.header import DTYPES
+from sdlora.formats.stamp import Stamp, stamp_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Nanoseconds: a file written to so lately may be written to again without another time, the clocks of disks being
-# coarse.
-SETTLED = 2 * 10**9
-
-Stamp = tuple[int, int]  # size in bytes, time of change in nanoseconds
 
 
 class _Map(NamedTuple):
@@ -56,7 +50,7 @@ class Mapped:
         place = self._checkpoint.places[parameter]
         if place.file not in self._maps:
             header = self._checkpoint.files[place.file]
-            self._maps[place.file] = _mapped(place.file, (header.size, header.modified))
+            self._maps[place.file] = _mapped(place.file, Stamp(header.size, header.modified))
         found = self._maps[place.file]
         _check(place.file, found.descriptor, found.stamp)
         shape, kind = self._checkpoint.files[place.file].tensors[place.key]
@@ -79,7 +73,7 @@ def _mapped(file: Path, stamp: Stamp) -> _Map:
         raise SdloraError(f"the base model's file {file} cannot be read any more ({error.strerror})") from error
     try:
         _check(file, descriptor, stamp)
-        if time.time_ns() - stamp[1] < SETTLED:
+        if not stamp.settled:
             raise SdloraError(f"the base model's file {file} was written just now; try again in a few seconds")
         # Private: nobody writes there, but who did would not damage the file.
         content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
@@ -96,8 +90,8 @@ def _mapped(file: Path, stamp: Stamp) -> _Map:
 def _check(file: Path, descriptor: int, stamp: Stamp) -> None:
     """Before any access, since what was cut off of a mapped file can not even be looked at."""
     try:
-        now = os.fstat(descriptor)
+        now = stamp_of(descriptor)
     except OSError as error:
         raise SdloraError(f"the base model's file {file} is gone ({error.strerror}); load the model again") from error
-    if (now.st_size, now.st_mtime_ns) != stamp:
+    if now != stamp:
         raise SdloraError(f"the base model's file {file} has changed while it was in use; load the model again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +40,7 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
     """
     path = Path(path)
     refuse_odd_path(path)
-    if not path.is_dir():
-        return (_source(path),)
-    if (path / CONFIG).is_file():
-        return (_source(path / WEIGHTS),)
-    found = []
-    for entry in sorted(path.iterdir()):
-        if _component(entry.name) and (entry.suffix == SUFFIX or (entry / CONFIG).is_file()):
-            found.append(_source(entry / WEIGHTS if entry.is_dir() else entry))
-    below = sorted(path.glob(f"*/{CONFIG}"))
-    if not found and len(below) == 1:
-        return (_source(below[0].with_name(WEIGHTS)),)
+    found = tuple(map(_source, _weights(path)))
     components = [source.component for source in found]
     if not found or len(set(components)) < len(components):
         names = f" ({', '.join(source.path.name for source in found)})" if found else ""
@@ -57,14 +48,21 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
             f"{path} is no folder of one LoRA{names}; name a .safetensors file, a PEFT folder with {CONFIG}, "
             "or a folder with one of them for each of unet, text_encoder and text_encoder_2"
         )
-    return tuple(found)
+    return found
 
 
 def loras_below(place: Path) -> Iterator[Path]:
-    """Each LoRA below a folder: .safetensors files, PEFT folders as one; hidden ones left out. A file is its own."""
+    """Each LoRA below a folder: .safetensors files; as one, PEFT folders and those with one for each component.
+
+    Hidden ones are left out. A file is its own.
+    """
     if not place.is_dir():
         yield place
     for folder, below, names in os.walk(place):
+        parts = [name for name in COMPONENTS if name in below and Path(folder, name, CONFIG).is_file()]
+        if parts and CONFIG not in names:
+            yield Path(folder)
+            below[:] = [name for name in below if name not in parts]
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(SUFFIX):
@@ -72,14 +70,43 @@ def loras_below(place: Path) -> Iterator[Path]:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The files of one that `loras_below` has found."""
-    return (path / WEIGHTS, path / CONFIG) if path.is_dir() else (path,)
+    """The files of a LoRA, as `sources_of` finds them, with their configs. A folder of anything else is given back."""
+    weights = _weights(path)
+    configs = (file.with_name(CONFIG) for file in weights if file.name == WEIGHTS)
+    return (*weights, *(config for config in configs if config.is_file())) or (path,)
 
 
 def name_of(path: Path, place: Path | None = None) -> str:
     """What a LoRA is called: its path below a place, or the last part of it alone, without .safetensors."""
     name = path.relative_to(place).as_posix() if place and path != place else path.name
     return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
+
+
+def split_path(text: str) -> tuple[str, str]:
+    """The path of a LoRA and what is said of it behind: "style.safetensors:0.8" is "style.safetensors" and ":0.8".
+
+    Colons may stand in a path that ends in .safetensors, or lies there. What is said is "" or begins with a colon; if
+    it does not, as in "style.safetensors0.8", it is a mistake for the caller to tell.
+    """
+    cut = text.lower().rfind(SUFFIX)
+    ends = [*(colon.start() for colon in re.finditer(":", text)), len(text)]
+    named = (end for end in ends[::-1] if text[:end].lower().endswith(SUFFIX) or os.path.exists(text[:end]))
+    end = next(named, ends[0] if cut < 0 else cut + len(SUFFIX))
+    return text[:end], text[end:]
+
+
+def _weights(path: Path) -> tuple[Path, ...]:
+    """The files with tensors of a LoRA at a path; none where it is a folder of anything else."""
+    if not path.is_dir():
+        return (path,)
+    if (path / CONFIG).is_file():
+        return (path / WEIGHTS,)
+    parts = [one for one in sorted(path.iterdir()) if _component(one.name)]
+    parts = [one for one in parts if one.suffix == SUFFIX or (one / CONFIG).is_file()]
+    below = sorted(path.glob(f"*/{CONFIG}"))
+    if not parts and len(below) == 1:
+        return (below[0].with_name(WEIGHTS),)
+    return tuple(one / WEIGHTS if one.is_dir() else one for one in parts)
 
 
 def _source(file: Path) -> Source:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.block_weights import read_factors
+from sdlora.formats.sources import split_path
 from sdlora.mixing.plan import LoraWeight, Plan
 from sdlora.mixing.schedule import parse_schedule
 
@@ -100,13 +101,9 @@ NAMED = ("unet", "te", "te2", "blocks", "schedule")
 def parse_lora(text: str) -> LoraWeight:
     """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that, in any order, unet=, te=, te2=, blocks=, schedule=.
 
-    Colons may stand in the file's name, which ends in .safetensors.
+    Colons may stand in the name of a file, which ends in .safetensors, or of a folder.
     """
-    cut = text.lower().rfind(".safetensors")
-    path, rest = (text, "") if cut < 0 else (text[: cut + 12], text[cut + 12 :])
-    if cut < 0 and ":" in text:
-        path, _, rest = text.partition(":")
-        rest = f":{rest}"
+    path, rest = split_path(text)
     bare, *named = re.split(r":(?=[a-z_0-9]+=)", rest)
     if len(bare.split(":")) > 3 or (rest and not rest.startswith(":")):
         raise SdloraError(f"--lora {text} is not understood; write FILE:0.8 or FILE:0.8:0.5 (UNet, text encoder)")

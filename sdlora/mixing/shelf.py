@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -15,14 +14,11 @@ from sdlora.errors import SdloraError
 from sdlora.formats.architectures import Architecture
 from sdlora.formats.read import read
 from sdlora.formats.receipt import Receipt
-from sdlora.formats.sources import CONFIG, sources_of
+from sdlora.formats.sources import files_of
+from sdlora.formats.stamp import Stamp, stamp_of
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws.delta import factors
 
-Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each file of a LoRA
-
-# Nanoseconds: a file changed so lately may change again without another time, the clocks of disks being coarse.
-SETTLED = 2 * 10**9
 STAMPS = 4096  # files whose content is known by their stamp; what is forgotten is read again
 
 
@@ -37,9 +33,9 @@ class Book:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What lay at a path, and whether a change since must show in the stamp."""
+    """What lay at a path, and whether a change since must show in the stamps of its files."""
 
-    stamp: Stamp
+    stamps: dict[Path, Stamp]
     content: str
     settled: bool
 
@@ -61,13 +57,13 @@ class Shelf:
 
     def read(self, path: Path, partial: bool = False) -> Book:
         """What lies at the path now; partial as for `read` of sdlora.formats. SdloraError where that cannot be had."""
-        stamp, seen = _stamp(path), self._seen.get((path, partial))
-        if seen and seen.stamp == stamp and seen.settled and (seen.content, partial) in self._living:
+        stamps, seen = _stamps(path), self._seen.get((path, partial))
+        if seen and seen.stamps == stamps and seen.settled and (seen.content, partial) in self._living:
             return self._taken((seen.content, partial), path)
-        settled = time.time_ns() - max(changed for _, _, changed in stamp) > SETTLED
+        settled = all(stamp.settled for stamp in stamps.values())
         adapter, receipt = read(path, self.architecture, partial)
         book = Book(adapter, receipt.content, receipt)
-        self._seen[path, partial] = _Seen(stamp, book.content, settled)
+        self._seen[path, partial] = _Seen(stamps, book.content, settled)
         self._seen.move_to_end((path, partial))
         if len(self._seen) > STAMPS:
             self._seen.popitem(last=False)
@@ -129,12 +125,9 @@ def _numbers(delta: object) -> str:
     return f"{type(delta).__name__}({', '.join(told)})"
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamps(path: Path) -> dict[Path, Stamp]:
     """What tells whether any of the files of a LoRA has changed."""
     try:
-        sources = sources_of(path)
-        configs = (source.path.with_name(CONFIG) for source in sources if source.config)
-        found = [(str(file), file.stat()) for file in (*(source.path for source in sources), *configs)]
+        return {file: stamp_of(file) for file in files_of(path)}
     except OSError as error:
         raise SdloraError(f"LoRA {path} cannot be read ({error.strerror}); check the path") from error
-    return tuple((file, status.st_size, status.st_mtime_ns) for file, status in found)

@@ -171,6 +171,13 @@ def test_what_is_wrong_with_a_young_file_is_not_remembered(tmp_path: Path) -> No
     assert str(file) not in ((tmp_path / "library.json").read_text() if (tmp_path / "library.json").exists() else "")
 
 
+def test_what_is_wrong_with_a_young_folder_is_not_remembered(tmp_path: Path) -> None:
+    folder = peft(tmp_path / "l" / "a")
+    (folder / "adapter_config.json").write_text("{")
+    assert scan([tmp_path / "l"], tmp_path / "library.json")[0].problem
+    assert not (tmp_path / "library.json").exists()
+
+
 def test_a_scan_goes_on_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
     lora(tmp_path / "l" / "a.safetensors")
     (tmp_path / "file").write_text("in the way")

@@ -240,6 +240,13 @@ def test_loras_on_the_command_line(text, lora):
     assert parse_lora(text) == lora
 
 
+def test_a_folder_on_the_command_line_may_have_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x:y").mkdir()
+    assert parse_lora("x:y") == LoraWeight(path="x:y")
+    assert parse_lora("x:y:0.5:0:te2=1") == LoraWeight(path="x:y", unet=0.5, text_encoder=0, text_encoder_2=1)
+
+
 @pytest.mark.parametrize("text", ["a.safetensors:abc", "a.safetensors:1:2:3", "a.safetensors:nan", "a.safetensorsx"])
 def test_weights_that_are_none(text):
     with pytest.raises(SdloraError):

@@ -252,6 +252,14 @@ def test_a_library_knows_stems_and_paths(tmp_path: Path):
     }
 
 
+def test_a_lora_in_a_folder_for_each_component_has_one_name(tmp_path: Path):
+    for part in ("unet", "text_encoder"):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / "style" / part).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "style" / part / file).touch()
+    assert dict(names_of([tmp_path])) == {"style": tmp_path / "style"}
+
+
 def test_a_name_that_two_files_share_is_an_error_only_when_it_is_used(tmp_path: Path):
     for file in ("one/a.safetensors", "two/a.safetensors", "b.safetensors"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
