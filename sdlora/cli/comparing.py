@@ -19,7 +19,6 @@ from sdlora.errors import SdloraError
 
 if TYPE_CHECKING:
     from sdlora.workbench.conflicts import Conflicts, Pair, Sized
-    from sdlora.workbench.meetings import Meeting
 
 
 @dataclass(frozen=True)
@@ -90,19 +89,12 @@ def _size(one: Sized) -> str:
 
 
 def _table(pair: Pair, relative: bool) -> Iterator[str]:
-    from sdlora.workbench.conflicts import letter
+    from sdlora.workbench.conflicts import titles
 
-    sized = "|dW|/|W|" if relative else "|dW|"
-    titles = ("block", f"{letter(pair.first)} {sized}", f"{letter(pair.second)} {sized}", "cosine", "columns", "rows")
-    table = [titles, *(_row(block, relative) for block in (*pair.blocks, pair.whole))]
+    table = [("block", *titles(pair, relative))]
+    table += [(one.name, *(text or "-" for text in one.texts(relative))) for one in (*pair.blocks, pair.whole)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *numbers in table:
         yield "  ".join(
             [f"{name:<{widths[0]}}", *(f"{one:>{width}}" for one, width in zip(numbers, widths[1:], strict=True))]
         )
-
-
-def _row(block: Meeting, relative: bool) -> tuple[str, ...]:
-    sizes = ("-" if one is None else f"{one:.3g}" for one in block.sizes(relative))
-    met = ("-" if one is None else f"{round(one, 2) + 0.0:.2f}" for one in (block.cosine, block.columns, block.rows))
-    return (block.name, *sizes, *met)

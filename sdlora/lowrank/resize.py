@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -13,30 +12,24 @@ from sdlora.lowrank.laws import Delta, Full, Replacement
 from sdlora.lowrank.truncation import Keep, Outcome, as_low_rank
 
 
-def resize(
-    adapter: Adapter, keep: Keep, bases: Callable[[str], Tensor] | None = None
-) -> Generator[Outcome, None, Adapter]:
-    """Every delta at the kept ranks as plain LoRA, one by one; the adapter of all of them is the generator's value.
+def resized(adapter: Adapter, keep: Keep, bases: Callable[[str], Tensor] | None = None) -> Iterator[Outcome]:
+    """Every delta at the kept ranks as plain LoRA, one by one.
 
     What has no ranks is passed on unchanged, and its outcome's `kept` is None: deltas that are written out whole, norms
-    and biases. LoRA that loses no rank is passed on too, its `kept` being whole. Metadata and tokens stay as they were.
+    and biases. LoRA that loses no rank is passed on too, its `kept` being whole.
     bases: the untouched weight of a path, needed where a law depends on it (DoRA, (IA)^3, OFT ...).
     SdloraError: such a law without `bases`, before anything is computed; factors that are not finite.
     """
     if bases is None:
         _refuse_what_needs_a_base(adapter)
-    deltas: dict[str, Delta] = {}
     for path, delta in adapter.deltas.items():
         try:
-            outcome = _resized(path, delta, keep, bases)
+            yield _outcome(path, delta, keep, bases)
         except SdloraError as error:
             raise SdloraError(f"{path}: {error}") from error
-        deltas[path] = outcome.delta
-        yield outcome
-    return replace(adapter, deltas=deltas)
 
 
-def _resized(path: str, delta: Delta, keep: Keep, bases: Callable[[str], Tensor] | None) -> Outcome:
+def _outcome(path: str, delta: Delta, keep: Keep, bases: Callable[[str], Tensor] | None) -> Outcome:
     if _stays(delta):
         return Outcome(path, delta, None)
     base = None if delta.linear or bases is None else bases(path)
@@ -53,6 +46,4 @@ def _stays(delta: Delta) -> bool:
 def _refuse_what_needs_a_base(adapter: Adapter) -> None:
     for path, delta in adapter.deltas.items():
         if not delta.linear and not _stays(delta):
-            raise SdloraError(
-                f"{path}: {delta.name} depends on the base model's weights; give that model (--base) to resize it"
-            )
+            raise SdloraError(f"{path}: {delta.name} depends on the base model's weights; give that model to resize it")

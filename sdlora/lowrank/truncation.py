@@ -166,7 +166,7 @@ def as_low_rank(delta: Delta, shape: Shape, keep: Keep, base: Tensor | None = No
     if isinstance(delta, Kronecker):
         return _from_kronecker(delta, keep, shape)
     if not delta.linear and base is None:
-        raise SdloraError(f"{delta.name} depends on the base model's weights; give that model (--base) to convert it")
+        raise SdloraError(f"{delta.name} depends on the base model's weights; give that model to convert it")
     weight = linear_change(delta) if base is None else delta.weight(base)
     small, kept = decompose(weight.reshape(shape), keep)
     return small, Kept(delta.rank, kept.rank, kept.energy, kept.error)

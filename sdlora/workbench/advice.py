@@ -49,7 +49,7 @@ def advice(
 
 def _meeting(both: str, blocks: Sequence[Meeting], whole: Meeting) -> str:
     if not any(block.norms[0] and block.norms[1] for block in blocks):
-        return f"{both} change different blocks: nothing in the way of mixing them, but look at a ladder (--ladder)"
+        return f"{both} change different blocks: nothing in the way of mixing them, but look at a ladder of weights"
     if (whole.cosine or 0) >= ONE:
         return f"{both} are nearly the same change (cosine {whole.cosine:.2f}): take one of them"
     spoken = [block for block in blocks if _product(block) >= SLIGHT * _product(whole)]
@@ -71,7 +71,7 @@ def _meeting(both: str, blocks: Sequence[Meeting], whole: Meeting) -> str:
             f"{both} work on the same directions in {_named(crowded, blocks)}, neither together nor against each "
             "other: if a trait gets lost, lower one there, or use switch or composite"
         )
-    return f"{both} hardly touch: nothing in the way of mixing them, but look at a ladder (--ladder)"
+    return f"{both} hardly touch: nothing in the way of mixing them, but look at a ladder of weights"
 
 
 def _drowning(names: tuple[str, str], whole: Meeting) -> str:

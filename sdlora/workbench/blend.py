@@ -17,7 +17,8 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.blend import blended
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.truncation import Keep, Kept
-from sdlora.workbench.output import Step, Written, bases_of, refuse_place
+from sdlora.workbench.bases import bases_of
+from sdlora.workbench.output import Step, Written, refuse_place
 from sdlora.workbench.parts import Opened, Part, open_parts
 
 RECORD = "sdlora.blended"

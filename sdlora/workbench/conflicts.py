@@ -9,25 +9,22 @@ from math import acos, copysign, degrees, exp, log
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sdlora.errors import SdloraError
-from sdlora.formats.architectures import LABELS, Architecture, known
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
 from sdlora.formats.sources import name_of
-from sdlora.lowrank.adapter import Adapter
+from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.overlap import Change, change_of, overlap, principal_cosines
 from sdlora.workbench.abreast import abreast
 from sdlora.workbench.advice import advice
 from sdlora.workbench.base_norms import base_norms
+from sdlora.workbench.bases import base_of, refuse_huge
 from sdlora.workbench.meetings import Measured, Meeting, by_block, by_component, meeting, norm, relative
 from sdlora.workbench.output import Step
+from sdlora.workbench.parts import shared_architecture
 
-LARGEST = 3.4e38  # in float32
 LONGEST = 40  # characters of a label, that of a folder before it apart
 
 
@@ -65,7 +62,7 @@ class Closest:
 class Pair:
     """Two of the LoRAs, by their numbers: where they meet, and one line of advice.
 
-    tokens: those that both teach, each with vectors of its own; a mixer can hold only one of the two then.
+    tokens: those that both teach, each in its own way; a mixer can hold only one of the two then.
     """
 
     first: int
@@ -137,7 +134,7 @@ def comparing(
     if len(files) < 2:
         raise SdloraError("conflicts are between LoRAs; name two files or more")
     paths = [Path(file) for file in files]
-    architecture = base.architecture if base else _shared([describe(path) for path in paths], partial)
+    architecture = base.architecture if base else shared_architecture([describe(path) for path in paths], partial)
     opened = [one for _, one in abreast(lambda path: read(path, architecture, partial), paths)]
     adapters = [adapter for adapter, _ in opened]
     parameters = list(dict.fromkeys(path for adapter in adapters for path in adapter.deltas))
@@ -163,25 +160,6 @@ def comparing(
     return Conflicts(sized, pairs, base.path if base else None, *_equalised(sized))
 
 
-def _shared(receipts: Sequence[Receipt], partial: bool) -> Architecture | None:
-    """The architecture that all are made for; None where the first fits none, so that reading it says why."""
-    first = receipts[0]
-    if not first.made_for:
-        return None
-    shared = [name for name in first.made_for if all(name in one.made_for for one in receipts if one.made_for)]
-    if not shared and not partial:
-        pairs = combinations([one for one in receipts if one.made_for], 2)
-        odd = next((pair for pair in pairs if not {*pair[0].made_for} & {*pair[1].made_for}), (first, receipts[-1]))
-        here, there = (f"{one.path} is for {_evident(one)}" for one in odd)
-        raise SdloraError(f"{here} and {there}; compare LoRAs of one base model, or what they share with --partial")
-    return next(one for one in known() if one.name == (shared or first.made_for)[0])
-
-
-def _evident(receipt: Receipt) -> str:
-    label = LABELS[receipt.made_for[0]]
-    return f"{label} ({', '.join(receipt.evidence)})" if receipt.evidence else label
-
-
 def _measured(
     path: str, adapters: Sequence[Adapter], base: Checkpoint | None, base_norm: float | None
 ) -> tuple[Measured, dict[int, str]]:
@@ -203,15 +181,8 @@ def _measured(
 
 
 def _change(path: str, delta: Delta, base: Checkpoint | None) -> Change:
-    weight: Tensor | None = None
-    if not delta.linear:
-        if base is None or path not in base.parameters:
-            why = "which has no such parameter" if base else "which is not given; --base MODEL gives it"
-            raise SdloraError(f"{delta.name} depends on the weights of the base model, {why}")
-        weight = base.tensor(path).float()
-    change = change_of(delta, weight)
-    if not change.norm < LARGEST:
-        raise SdloraError("numbers so large that float32 cannot hold the change; it cannot be applied")
+    change = change_of(delta, base_of(delta, path, base))
+    refuse_huge(change.norm)
     return change
 
 
@@ -226,21 +197,21 @@ def _pair(
     blocks, whole = by_block(measured, first, second), meeting("all", measured, first, second)
     here, there = sized[first], sized[second]
     closest = _closest(first, second, measured, adapters, base)
-    tokens = _clashing(adapters[first], adapters[second])
-    same = here.receipt.sha256 == there.receipt.sha256
+    tokens = clashing(adapters[first], adapters[second])
+    same = here.receipt.content == there.receipt.content
     unmeasured = len(here.unmeasured) + len(there.unmeasured)
     told = advice((here.label, there.label), blocks, whole, same, unmeasured, tokens)
     return Pair(first, second, blocks, by_component(measured, first, second), whole, closest, tokens, told)
 
 
-def _clashing(one: Adapter, other: Adapter) -> tuple[str, ...]:
-    """Tokens that both teach a text encoder with different vectors."""
-    found = []
-    for token in sorted(one.embeddings.keys() & other.embeddings.keys()):
-        here, there = one.embeddings[token], other.embeddings[token]
-        if any(not torch.equal(here[component], there[component]) for component in here.keys() & there.keys()):
-            found.append(token)
-    return tuple(found)
+def clashing(one: Adapter, other: Adapter) -> tuple[str, ...]:
+    """Tokens that both teach, not alike; a prompt's words are read in small letters, and so are tokens."""
+
+    def clashes(token: str) -> bool:
+        alike = (vectors for name, vectors in other.embeddings.items() if name.lower() == token.lower())
+        return not all(same_vectors(one.embeddings[token], vectors) for vectors in alike)
+
+    return tuple(filter(clashes, sorted(one.embeddings)))
 
 
 def _closest(
@@ -303,3 +274,9 @@ def _cut(name: str) -> str:
 def letter(which: int) -> str:
     """A short name for the LoRA of this number: A, B, ... and, beyond Z, its number counted from 1."""
     return chr(ord("A") + which) if which < 26 else str(which + 1)
+
+
+def titles(pair: Pair, relative: bool) -> tuple[str, ...]:
+    """Of the columns of `Meeting.texts`."""
+    sized = "|dW|/|W|" if relative else "|dW|"
+    return f"{letter(pair.first)} {sized}", f"{letter(pair.second)} {sized}", "cosine", "columns", "rows"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
-from sdlora.workbench.conflicts import Conflicts, Pair, letter
+from sdlora.workbench.conflicts import Conflicts, Pair, letter, titles
 from sdlora.workbench.meetings import Meeting
 
 Colour = tuple[int, int, int]
@@ -41,7 +41,7 @@ def refuse_picture(path: Path, overwrite: bool) -> None:
     if path.suffix.lower() != ".png":
         raise SdloraError(f"{path}: the picture is a PNG; name a .png file")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise SdloraError(f"{path} is there already; name another file, or give --overwrite")
+        raise SdloraError(f"{path} is there already; name another file, or ask to overwrite it")
     if not path.parent.is_dir():
         raise SdloraError(f"{path.parent} is no folder; name one that is there for the picture")
 
@@ -86,7 +86,7 @@ def _names(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, found: Co
 
 
 def _table(draw: ImageDraw.ImageDraw, left: int, top: int, pair: Pair, relative: bool, largest: float) -> None:
-    for i, title in enumerate(_titles(pair, relative)):
+    for i, title in enumerate(titles(pair, relative)):
         _text(draw, (left + NAMES + i * COLUMN + COLUMN // 2, top + ROW // 2), title, SMALL, FAINT, "mm")
     for row, block in enumerate((*pair.blocks, pair.whole), 1):
         y = top + row * ROW + (GAP if block is pair.whole else 0)
@@ -95,24 +95,15 @@ def _table(draw: ImageDraw.ImageDraw, left: int, top: int, pair: Pair, relative:
             _cell(draw, left + NAMES + i * COLUMN, y, cell)
 
 
-def _titles(pair: Pair, relative: bool) -> tuple[str, ...]:
-    sized = "|dW|/|W|" if relative else "|dW|"
-    return f"{letter(pair.first)} {sized}", f"{letter(pair.second)} {sized}", "cosine", "columns", "rows"
-
-
 def _cells(block: Meeting, relative: bool, largest: float) -> Iterator[Cell]:
-    for size in block.sizes(relative):
-        yield Cell("", EMPTY) if size is None else Cell(f"{size:.3g}", _mixed(SIZE, size / largest))
-    for value, full, colour in (
-        (block.cosine, STRONG, ALIKE if (block.cosine or 0) > 0 else OPPOSED),
-        (block.columns, 1.0, OVERLAP),
-        (block.rows, 1.0, OVERLAP),
-    ):
-        yield (
-            Cell("", EMPTY)
-            if value is None
-            else Cell(f"{round(value, 2) + 0.0:.2f}", _mixed(colour, abs(value) / full))
-        )
+    cosine = block.cosine or 0.0
+    shares = (
+        *((SIZE, (size or 0.0) / largest) for size in block.sizes(relative)),
+        (ALIKE if cosine > 0 else OPPOSED, abs(cosine) / STRONG),
+        *((OVERLAP, overlap or 0.0) for overlap in (block.columns, block.rows)),
+    )
+    for text, (colour, share) in zip(block.texts(relative), shares, strict=True):
+        yield Cell(text, _mixed(colour, share) if text else EMPTY)
 
 
 def _cell(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell) -> None:

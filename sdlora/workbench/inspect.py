@@ -17,13 +17,12 @@ from sdlora.formats.metadata import tags
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
 from sdlora.lowrank.effect import norm_of
+from sdlora.workbench.bases import base_of, refuse_huge
+from sdlora.workbench.blocks import block_or_encoder, place
 
 if TYPE_CHECKING:
     from sdlora.formats.checkpoints import Checkpoint
     from sdlora.lowrank.laws import Delta
-
-LARGEST = 3.4e38  # in float32
-REST = "rest"  # of the UNet: what is in none of its blocks
 
 
 @dataclass(frozen=True)
@@ -77,37 +76,15 @@ def inspect(
 
 
 def _norm(parameter: str, delta: Delta, base: Checkpoint | None) -> float:
-    there = base is not None and parameter in base.parameters
-    size = norm_of(delta, base.tensor(parameter).float() if base and there and not delta.linear else None)
-    if size is None:
-        why = "which has no such parameter" if base else "which is not given; --base MODEL gives it"
-        raise SdloraError(f"{delta.name} depends on the weights of the base model, {why}")
-    if not size < LARGEST:
-        raise SdloraError("numbers so large that float32 cannot hold the change; it cannot be applied")
+    size = norm_of(delta, base_of(delta, parameter, base))
+    assert size is not None  # the base is there where it is needed
+    refuse_huge(size)
     return size
 
 
 def by_block(norms: Mapping[str, float]) -> dict[str, float]:
-    """The norm of each block: the blocks of the UNet from input to output, the rest of it, each text encoder.
-
-    The squares of the parameters' norms add.
-    """
+    """The norm of each block of the UNet, in their order, and of each text encoder; parameters' squares add."""
     squares = Counter[str]()
     for parameter, size in norms.items():
-        squares[_block(parameter)] += size**2  # type: ignore[assignment]
-    return {block: squares[block] ** 0.5 for block in sorted(squares, key=_place)}
-
-
-def _block(parameter: str) -> str:
-    component, first, second, *_ = [*parameter.split("."), "", ""]
-    if component != "unet":
-        return component
-    side, _, kind = first.partition("_")
-    if kind == "blocks":
-        return f"unet {side} {second}"
-    return "unet mid" if kind == "block" else f"unet {REST}"
-
-
-def _place(block: str) -> tuple[int, str]:
-    order = ("unet down", "unet mid", "unet up", f"unet {REST}", "text_encoder")
-    return next((i for i, start in enumerate(order) if block.startswith(start)), len(order)), block
+        squares[block_or_encoder(parameter)] += size**2  # type: ignore[assignment]
+    return {block: squares[block] ** 0.5 for block in sorted(squares, key=place)}

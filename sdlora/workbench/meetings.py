@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from sdlora.formats.block_weights import BLOCKS, block_of
 from sdlora.lowrank.overlap import Overlap
+from sdlora.workbench.blocks import block_or_encoder, place
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Meeting:
         first, second = self.relative if relative else self.norms
         return first or None, second or None
 
+    def texts(self, relative: bool) -> tuple[str, ...]:
+        """For people, "" for nothing: the two sizes, the cosine and the overlaps of columns and rows."""
+        sizes = ("" if one is None else f"{one:.3g}" for one in self.sizes(relative))
+        met = ("" if one is None else f"{round(one, 2) + 0.0:.2f}" for one in (self.cosine, self.columns, self.rows))
+        return (*sizes, *met)
+
 
 def meeting(name: str, parameters: Iterable[Measured], first: int, second: int) -> Meeting:
     """Put parameters together, for the adapters of these two numbers."""
@@ -86,7 +92,7 @@ def relative(parameters: Iterable[Measured], which: int) -> float | None:
 
 def by_block(parameters: Sequence[Measured], first: int, second: int) -> tuple[Meeting, ...]:
     """The blocks of the UNet in their order, then each text encoder."""
-    return _grouped(parameters, first, second, _block)
+    return _grouped(parameters, first, second, block_or_encoder)
 
 
 def by_component(parameters: Sequence[Measured], first: int, second: int) -> tuple[Meeting, ...]:
@@ -102,13 +108,4 @@ def _grouped(
     for one in parameters:
         if one.norms[first] != 0 or one.norms[second] != 0:
             groups.setdefault(group(one.path), []).append(one)
-    return tuple(meeting(name, groups[name], first, second) for name in sorted(groups, key=_place))
-
-
-def _block(path: str) -> str:
-    component = path.partition(".")[0]
-    return block_of(path) if component == "unet" else component
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (BLOCKS.index(name) if name in BLOCKS else len(BLOCKS) + (name != "unet")), name
+    return tuple(meeting(name, groups[name], first, second) for name in sorted(groups, key=place))

@@ -64,12 +64,12 @@ def with_blocks(parts: Sequence[Part], blocks: Sequence[str]) -> list[Part]:
         name, _, told = text.rpartition("=")
         pattern, _, factor = told.rpartition(":")
         if not (name and pattern):
-            raise SdloraError(f"--block {text} is not understood; write FILE=unet.down_blocks.*:0.5")
+            raise SdloraError(f"the factor {text} is not understood; write FILE=unet.down_blocks.*:0.5")
         names = [{str(part.path), part.path.name, part.path.stem} for part in parts]
         meant = [i for i, known_as in enumerate(names) if name in known_as]
         if len(meant) != 1:
             why = f"names {len(meant)} of the files" if meant else "names none of the files"
-            raise SdloraError(f"--block {text} {why}{nearest(name, [part.path.stem for part in parts])}")
+            raise SdloraError(f"the factor {text} {why}{nearest(name, [part.path.stem for part in parts])}")
         part = found[meant[0]]
         found[meant[0]] = replace(part, blocks={**part.blocks, pattern: _number(text, factor)})
     return found
@@ -82,7 +82,7 @@ def open_parts(parts: Sequence[Part], base: Checkpoint | None = None, partial: b
     """
     if not parts:
         raise SdloraError("no LoRA is given; name at least one file")
-    architecture = base.architecture if base else _shared([describe(part.path) for part in parts])
+    architecture = base.architecture if base else shared_architecture([describe(part.path) for part in parts], partial)
     opened = []
     for part in parts:
         adapter, receipt = read(part.path, architecture, partial)
@@ -90,18 +90,27 @@ def open_parts(parts: Sequence[Part], base: Checkpoint | None = None, partial: b
     return opened
 
 
-def _shared(receipts: Sequence[Receipt]) -> Architecture | None:
-    """The architecture that all are made for; None where the first fits none, so that reading it says why."""
-    if not receipts[0].made_for:
+def shared_architecture(receipts: Sequence[Receipt], partial: bool = False) -> Architecture | None:
+    """The architecture that all are made for; None where the first fits none, so that reading it says why.
+
+    partial: where there is none, the first one's will do. SdloraError: there is none.
+    """
+    first = receipts[0].made_for
+    if not first:
         return None
-    shared = [name for name in receipts[0].made_for if all(name in one.made_for for one in receipts if one.made_for)]
-    if not shared:
+    shared = [name for name in first if all(name in one.made_for for one in receipts if one.made_for)]
+    if not shared and not partial:
         pairs = list(combinations([one for one in receipts if one.made_for], 2))
         # Three may share something two by two and nothing together.
         odd = next((pair for pair in pairs if not {*pair[0].made_for} & {*pair[1].made_for}), pairs[-1])
-        here, there = (f"{one.path} is for {' or '.join(LABELS[name] for name in one.made_for)}" for one in odd)
-        raise SdloraError(f"{here} and {there}; take LoRAs of one base model")
-    return next(one for one in known() if one.name == shared[0])
+        here, there = map(_evident, odd)
+        raise SdloraError(f"{here} and {there}; take LoRAs of one base model, or ask for partial ones")
+    return next(one for one in known() if one.name == (shared or first)[0])
+
+
+def _evident(receipt: Receipt) -> str:
+    labels = " or ".join(LABELS[name] for name in receipt.made_for)
+    return f"{receipt.path} is for {labels}" + (f" ({', '.join(receipt.evidence)})" if receipt.evidence else "")
 
 
 def _weights(part: Part, adapter: Adapter) -> Weights:

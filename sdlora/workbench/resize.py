@@ -12,9 +12,11 @@ import torch
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.read import read
 from sdlora.formats.write import dtype_of, write
-from sdlora.lowrank.resize import resize
+from sdlora.lowrank.laws import Delta
+from sdlora.lowrank.resize import resized
 from sdlora.lowrank.truncation import Keep, Kept
-from sdlora.workbench.output import Step, Written, bases_of, lasting, refuse_place
+from sdlora.workbench.bases import bases_of
+from sdlora.workbench.output import Step, Written, lasting, refuse_place
 
 RECORD = "sdlora.resized"
 
@@ -38,20 +40,15 @@ def resize_file(
     """
     refuse_place(output, naming, overwrite)
     adapter, receipt = read(source, base.architecture if base else None, partial)
+    deltas: dict[str, Delta] = {}
     kept: dict[str, Kept] = {}
-    work = resize(adapter, keep, bases_of(base))
-    done = 0
-    while True:
-        try:
-            outcome = next(work)
-        except StopIteration as end:
-            small = end.value
-            break
-        done += 1
+    for done, outcome in enumerate(resized(adapter, keep, bases_of(base)), 1):
+        deltas[outcome.path] = outcome.delta
         if outcome.kept is not None:
             kept[outcome.path] = outcome.kept
         yield Step(done, len(adapter.deltas), outcome.path, outcome.kept)
     record = {"source": source.name, "sha256": receipt.sha256, "keep": asdict(keep)}
     metadata = lasting(adapter.metadata) | {RECORD: json.dumps(record, ensure_ascii=False)}
-    write(replace(small, metadata=metadata), output, naming, dtype or dtype_of(adapter), overwrite)
+    small = replace(adapter, deltas=deltas, metadata=metadata)
+    write(small, output, naming, dtype or dtype_of(adapter), overwrite)
     return Written((receipt,), kept)

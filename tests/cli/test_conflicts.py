@@ -82,7 +82,7 @@ def test_a_picture_is_written_and_never_over_another(files: list[str], capsys: p
         assert image.format == "PNG"
     with pytest.raises(SystemExit) as exit:
         main(["conflicts", *files, "--picture", "map.png"])
-    assert exit.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert exit.value.code == 2 and "overwrite" in capsys.readouterr().err
     main(["conflicts", *files, "--picture", "map.png", "--overwrite"])
 
 

@@ -59,8 +59,8 @@ def test_inspect_tells_norms_hashes_tags_and_facts(tmp_path: Path, capsys: pytes
     main(["inspect", str(tmp_path / "a.safetensors"), "--json"])
     (told,) = json.loads(capsys.readouterr().out)
     assert told["norms"] == pytest.approx({path: float(one.norm()) for path, one in changes.items()}, rel=1e-5)
-    assert list(told["blocks"]) == ["unet down 0", "unet mid", "text_encoder"]
-    assert told["blocks"]["unet mid"] == pytest.approx(float(changes[MIDDLE].norm()), rel=1e-5)
+    assert list(told["blocks"]) == ["IN01", "M00", "text_encoder"]
+    assert told["blocks"]["M00"] == pytest.approx(float(changes[MIDDLE].norm()), rel=1e-5)
     assert told["tags"] == {"cat": 5, "dog": 1} and told["base_model"] == "v1-5" and told["finite"] and told["complete"]
     digest = subprocess.run(["sha256sum", tmp_path / "a.safetensors"], capture_output=True, text=True).stdout.split()[0]
     assert told["sha256"] == digest and told["autov2"] == digest[:10]
@@ -69,7 +69,7 @@ def test_inspect_tells_norms_hashes_tags_and_facts(tmp_path: Path, capsys: pytes
     text = capsys.readouterr().out
     assert digest in text and "SD 1.x" in text and "rank 4" in text and "alpha 2" in text
     bars = {line.split("  ")[2].strip(): line.count("█") for line in text.splitlines() if "█" in line}
-    assert bars["unet mid"] == 40 and 0 < bars["unet down 0"] < 40
+    assert bars["M00"] == 40 and 0 < bars["IN01"] < 40
     assert "     5  cat" in text
 
 

@@ -1,6 +1,6 @@
 """Resizing: the best delta of each module at its new rank, and everything else as it was."""
 
-from collections.abc import Generator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from sdlora.errors import SdloraError
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, DoRA, Full, Hadamard, Kronecker, LowRank
-from sdlora.lowrank.resize import resize
+from sdlora.lowrank.resize import resized
 from sdlora.lowrank.truncation import Keep, Kept, Outcome
 
 
@@ -37,29 +37,18 @@ DELTAS: dict[str, Delta] = {
 }
 
 
-def drive(steps: Generator[Outcome, None, Adapter]) -> tuple[list[Outcome], Adapter]:
-    outcomes: list[Outcome] = []
-
-    def collect() -> Generator[Outcome, None, Adapter]:
-        return (yield from steps)
-
-    driven = collect()
-    while True:
-        try:
-            outcomes.append(next(driven))
-        except StopIteration as end:
-            return outcomes, end.value
+def by_path(adapter: Adapter, keep: Keep, bases: Callable[[str], Tensor] | None = None) -> dict[str, Outcome]:
+    return {outcome.path: outcome for outcome in resized(adapter, keep, bases)}
 
 
 @pytest.mark.parametrize("keep", [Keep(rank=4), Keep(frobenius=0.9), Keep(cumulative=0.7, rank=3), Keep(ratio=3.0)])
 def test_each_module_gets_the_best_delta_of_its_rank(keep: Keep) -> None:
-    outcomes, resized = drive(resize(Adapter(DELTAS), keep))
-    assert [outcome.path for outcome in outcomes] == list(DELTAS) == list(resized.deltas)
-    kept = {outcome.path: outcome.kept for outcome in outcomes}
+    outcomes = by_path(Adapter(DELTAS), keep)
+    assert list(outcomes) == list(DELTAS)
     for path, shape in SHAPES.items():
         whole = DELTAS[path].weight(torch.zeros(shape)).double()
         values = torch.linalg.svdvals(whole.flatten(1))
-        told, delta = kept[path], resized.deltas[path]
+        told, delta = outcomes[path].kept, outcomes[path].delta
         assert told is not None and told.rank == delta.rank == keep.count(values) and delta.shape == shape
         error = float((delta.weight(torch.zeros(shape)).double() - whole).norm() / whole.norm())
         best = float(values[told.rank :].norm() / values.norm())
@@ -68,22 +57,15 @@ def test_each_module_gets_the_best_delta_of_its_rank(keep: Keep) -> None:
 
 
 def test_what_has_no_ranks_is_passed_on_and_told_so() -> None:
-    outcomes, resized = drive(resize(Adapter(DELTAS), Keep(rank=4)))
-    unchanged = [outcome.path for outcome in outcomes if outcome.kept is None]
+    outcomes = by_path(Adapter(DELTAS), Keep(rank=4))
+    unchanged = [path for path, outcome in outcomes.items() if outcome.kept is None]
     assert unchanged == ["unet.full", "unet.norm", "unet.lora.bias"]
-    assert all(resized.deltas[path] is DELTAS[path] for path in unchanged)
+    assert all(outcomes[path].delta is DELTAS[path] for path in unchanged)
 
 
 def test_lora_of_no_more_ranks_than_wanted_is_passed_on() -> None:
-    outcomes, resized = drive(resize(Adapter(DELTAS), Keep(rank=4)))
-    assert resized.deltas["unet.small"] is DELTAS["unet.small"]
-    assert next(o.kept for o in outcomes if o.path == "unet.small") == Kept(2, 2, 1.0, 0.0)
-
-
-def test_what_the_file_says_of_itself_and_its_tokens_stay() -> None:
-    tokens = {"<cat>": {"text_encoder": random(1, 8)}}
-    _, resized = drive(resize(Adapter(DELTAS, {"ss_tag": "x"}, tokens), Keep(rank=1)))
-    assert resized.metadata == {"ss_tag": "x"} and resized.embeddings is tokens
+    small = by_path(Adapter(DELTAS), Keep(rank=4))["unet.small"]
+    assert small.delta is DELTAS["unet.small"] and small.kept == Kept(2, 2, 1.0, 0.0)
 
 
 def test_laws_that_depend_on_the_base_ask_for_it_before_any_work() -> None:
@@ -91,12 +73,12 @@ def test_laws_that_depend_on_the_base_ask_for_it_before_any_work() -> None:
     dora = DoRA(LowRank(random(2, 32), random(24, 2), 2.0), random(24, 1).abs())
     adapter = Adapter({**DELTAS, "unet.dora": dora})
     with pytest.raises(SdloraError, match=r"^unet.dora: lora \+ dora depends.*give that model"):
-        next(resize(adapter, Keep(rank=4)))
-    _, resized = drive(resize(adapter, Keep(), {"unet.dora": base}.__getitem__))
-    torch.testing.assert_close(resized.deltas["unet.dora"].weight(base), dora.weight(base), rtol=1e-5, atol=1e-5)
+        next(resized(adapter, Keep(rank=4)))
+    delta = by_path(adapter, Keep(), {"unet.dora": base}.__getitem__)["unet.dora"].delta
+    torch.testing.assert_close(delta.weight(base), dora.weight(base), rtol=1e-5, atol=1e-5)
 
 
 def test_damage_is_named_with_its_path() -> None:
     damaged = Adapter({"unet.broken": LowRank(random(4, 5) * float("nan"), random(6, 4), 4.0)})
     with pytest.raises(SdloraError, match=r"^unet.broken: .*not finite"):
-        list(resize(damaged, Keep(rank=1)))
+        list(resized(damaged, Keep(rank=1)))

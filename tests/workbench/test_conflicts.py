@@ -1,6 +1,8 @@
 """Conflicts held against whole deltas in float64, put together by hand."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from sdlora.formats.checkpoints import Checkpoint, open_checkpoint
 from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Delta, Full, LowRank
-from sdlora.workbench.conflicts import Conflicts, at_present_size, conflicts
+from sdlora.mixing.tokens import learned
+from sdlora.workbench.conflicts import Conflicts, at_present_size, clashing, conflicts
 from sdlora.workbench.heat_map import (
     ALIKE,
     COLUMN,
@@ -38,7 +41,7 @@ TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 MODULES = (f"{DOWN}.{QUERY}", f"{DOWN}.{VALUE}", f"{MIDDLE}.{QUERY}", f"{UP}.{VALUE}", TEXT)
 
 
-MIX = "nothing in the way of mixing them, but look at a ladder (--ladder)"
+MIX = "nothing in the way of mixing them, but look at a ladder of weights"
 
 
 def low_rank(module: str, seed: int, rank: int = 3, size: float = 1.0) -> LowRank:
@@ -276,6 +279,41 @@ def test_tokens_that_both_teach_are_named(tmp_path: Path) -> None:
     assert first.advice.startswith("0 and 1 both teach <zib>: only one of them can be loaded")
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clash"),
+    [
+        ({"Tok": {"text_encoder": 1.0}}, {"tok": {"text_encoder": 2.0}}, ("Tok",)),
+        ({"Tok": {"text_encoder": 1.0}}, {"tOK": {"text_encoder": 1.0}}, ()),
+        ({"tok": {"text_encoder": 1.0}}, {"tok": {"text_encoder": 1.0, "text_encoder_2": 1.0}}, ("tok",)),
+        ({"tok": {"text_encoder": 1.0}}, {"token": {"text_encoder": 2.0}}, ()),
+    ],
+)
+def test_tokens_clash_where_the_mixer_refuses_both(ours: Any, theirs: Any, clash: tuple[str, ...]) -> None:
+    one, other = (
+        Adapter(
+            {}, {}, {token: {on: torch.full((1, 8), value) for on, value in by.items()} for token, by in all.items()}
+        )
+        for all in (ours, theirs)
+    )
+    with pytest.raises(SdloraError) if clash else nullcontext():
+        learned({"one": one, "other": other})
+    assert clashing(one, other) == clash
+
+
+def test_folders_with_the_same_weights_and_other_alphas_are_two(tmp_path: Path) -> None:
+    """A PEFT folder's config counts as its weights do."""
+    one, other, again = (tmp_path / name for name in ("one", "other", "again"))
+    write(Adapter({module: low_rank(module, i) for i, module in enumerate(MODULES[:4])}), one, "peft")
+    for copy in (other, again):
+        shutil.copytree(one, copy)
+    config = other / "unet" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 1.5', '"lora_alpha": 3'))
+    first, second = (found.norm for found in conflicts([one, other]).adapters)
+    assert second == pytest.approx(2 * first)
+    assert "are the same file" not in conflicts([one, other]).pairs[0].advice
+    assert "are the same file" in conflicts([one, again]).pairs[0].advice
+
+
 def test_the_same_file_twice_is_said(pair: tuple[dict[str, LowRank], dict[str, LowRank], list[Path]]) -> None:
     found = conflicts([pair[2][0], pair[2][0]])
     assert [one.label for one in found.adapters] == ["A (1)", "A (2)"]
@@ -331,8 +369,8 @@ def test_what_depends_on_the_base_is_named_where_there_is_none(tmp_path: Path, b
     second = {MODULES[0]: scaling, TEXT: low_rank(TEXT, 9)}
     found = told(tmp_path, first, second)
     assert list(found.adapters[1].unmeasured) == [MODULES[0]] and not found.adapters[0].unmeasured
-    assert "--base" in found.adapters[1].unmeasured[MODULES[0]]
-    assert found.equalised is None and "--base" in found.why_not
+    assert "give that model" in found.adapters[1].unmeasured[MODULES[0]]
+    assert found.equalised is None and "give that model" in found.why_not
     assert found.pairs[0].advice.endswith("1 of their changes could not be measured")
     only = found.pairs[0]
     assert only.whole.norms[1] == pytest.approx(float(whole(second[TEXT], TEXT).norm()), rel=1e-4)  # type: ignore[arg-type]
@@ -394,7 +432,7 @@ def test_the_picture_shows_what_is_against_each_other_in_red(tmp_path: Path) -> 
     save_heat_map(found, tmp_path / "map.png")
     with Image.open(tmp_path / "map.png") as written:
         assert written.format == "PNG" and written.size == image.size
-    with pytest.raises(SdloraError, match="--overwrite"):
+    with pytest.raises(SdloraError, match="overwrite"):
         save_heat_map(found, tmp_path / "map.png")
     save_heat_map(found, tmp_path / "map.png", overwrite=True)
 

@@ -13,7 +13,7 @@ from sdlora.workbench.inspect import by_block, inspect
 def test_squares_of_norms_add_within_a_block_and_blocks_come_in_the_model_s_order() -> None:
     norms = {
         "text_encoder_2.text_model.encoder.layers.0.mlp.fc1": 7.0,
-        "unet.conv_in": 5.0,
+        "unet.conv_out": 5.0,
         "unet.up_blocks.0.resnets.0.conv1": 1.0,
         "unet.mid_block.attentions.0.proj_in": 2.0,
         "unet.down_blocks.1.resnets.0.conv1": 3.0,
@@ -21,10 +21,10 @@ def test_squares_of_norms_add_within_a_block_and_blocks_come_in_the_model_s_orde
         "text_encoder.text_model.encoder.layers.0.mlp.fc1": 6.0,
     }
     assert list(by_block(norms).items()) == [
-        ("unet down 1", 5.0),
-        ("unet mid", 2.0),
-        ("unet up 0", 1.0),
-        ("unet rest", 5.0),
+        ("BASE", 5.0),
+        ("IN04", 5.0),
+        ("M00", 2.0),
+        ("OUT00", 1.0),
         ("text_encoder", 6.0),
         ("text_encoder_2", 7.0),
     ]
