@@ -9,6 +9,10 @@ class SdloraError(Exception):
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """ " (nearest: a, b)" for the names closest to `name`, or "" where none is close."""
-    close = get_close_matches(name, list(names), n=count, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
+    """ " (nearest: a, b)" for the names closest to `name`, capitals aside, or "" where none is close."""
+    by_letters: dict[str, list[str]] = {}
+    for one in names:
+        by_letters.setdefault(one.casefold(), []).append(one)
+    close = get_close_matches(name.casefold(), list(by_letters), n=count, cutoff=0.5)
+    found = [one for letters in close for one in by_letters[letters]][:count]
+    return f" (nearest: {', '.join(found)})" if found else ""

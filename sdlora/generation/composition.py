@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sdlora.formats.block_weights import BLOCKS
 from sdlora.generation.job import Job
 from sdlora.mixing.plan import LoraWeight
-from sdlora.mixing.schedule import in_turn, product
+from sdlora.mixing.schedule import in_turn, product, progress_of
 
 Voices = tuple[tuple[LoraWeight, ...], ...]  # what is mixed into each of the predictions whose mean a picture follows
 
@@ -14,20 +15,29 @@ def voices(job: Job) -> Voices:
     """What each voice of the job's picture has; one but for "composite".
 
     LoRA Switch and LoRA Composite (arXiv:2402.16843, section 3). Every voice hears the prompt through the text encoders
-    with all the LoRAs in them, as trigger words mean nothing without.
+    with all the LoRAs in them, as trigger words mean nothing without. A LoRA of which the UNet gets nothing has none.
     """
-    loras = tuple(lora for lora in job.loras if lora.on)
-    if job.compose == "sum" or len(loras) < 2:
+    singing = [lora for lora in job.loras if sings(lora, job.steps)]
+    if job.compose == "sum" or len(singing) < 2:
         return (job.loras,)
     if job.compose == "composite":
-        return tuple((lora,) for lora in loras)
-    turns = [in_turn(i, len(loras), job.steps, job.switch_every) for i in range(len(loras))]
-    schedules = [product(lora.schedule, turn, job.steps) for lora, turn in zip(loras, turns, strict=True)]
-    return (tuple(replace(lora, schedule=one) for lora, one in zip(loras, schedules, strict=True)),)
+        return tuple((lora,) for lora in singing)
+    turns = {lora: in_turn(i, len(singing), job.steps, job.switch_every) for i, lora in enumerate(singing)}
+    schedules = {lora: product(lora.schedule, turn, job.steps) for lora, turn in turns.items()}
+    return (tuple(replace(lora, schedule=schedules.get(lora, lora.schedule)) for lora in job.loras),)
+
+
+def sings(lora: LoraWeight, steps: int) -> bool:
+    """Whether the UNet gets anything of it in one of the steps."""
+    weighs = any(lora.at(("unet", block)) for block in BLOCKS)
+    return weighs and any(lora.schedule.at(progress_of(step, steps)) for step in range(steps))
 
 
 def ladder(job: Job, index: int, weights: Sequence[float]) -> tuple[Job, ...]:
-    """The job once for each weight of its LoRA number `index`, in the UNet and the text encoders alike."""
+    """The job once for each weight of its LoRA number `index`.
+
+    Text encoders that have the UNet's weight go with it; those that have one of their own keep it.
+    """
     return tuple(_weighed(job, index, weight) for weight in weights)
 
 
@@ -37,6 +47,7 @@ def grid(job: Job, first: int, weights: Sequence[float], second: int, others: Se
 
 
 def _weighed(job: Job, index: int, weight: float) -> Job:
-    loras = list(job.loras)
-    loras[index] = replace(loras[index], unet=weight, text_encoder=weight, text_encoder_2=None, on=True)
-    return replace(job, loras=tuple(loras))
+    lora = job.loras[index]
+    follow = {name: weight for name in ("text_encoder", "text_encoder_2") if getattr(lora, name) == lora.unet}
+    moved = replace(lora, unet=weight, on=True, **follow)
+    return replace(job, loras=(*job.loras[:index], moved, *job.loras[index + 1 :]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdlora.formats.block_weights import BLOCKS
 from sdlora.formats.write import write
 from sdlora.generation.composition import grid, ladder, voices
 from sdlora.generation.job import Job, LoraWeight
@@ -115,9 +116,33 @@ def test_switching_is_a_schedule_of_turns(mixer: Mixer, loras):
     (voice,) = voices(job)
     by_step = [[lora.schedule.at(progress_of(step, 6)) for lora in voice] for step in range(6)]
     assert by_step == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
-    off = replace(job, loras=(replace(loras[0], on=False), *loras[1:]))
-    assert len(voices(off)[0]) == 2, "what is off has no turn"
     assert not close(latents_of(mixer, job)[-1], latents_of(mixer, replace(job, compose="sum"))[-1])
+
+
+@pytest.mark.parametrize(
+    "silent",
+    [{"on": False}, {"unet": 0.0}, {"blocks": {block: 0.0 for block in BLOCKS}}, {"schedule": "0.26-0.3"}],
+    ids=lambda told: next(iter(told)),
+)
+def test_a_lora_that_does_nothing_in_the_unet_takes_no_turn_and_no_voice(mixer: Mixer, loras, silent):
+    """Else a weight of 0 would dilute the others, and would not be what it is to be without the LoRA."""
+    silenced = (replace(loras[0], text_encoder=0.0, **silent), *loras[1:])
+    for compose in ("switch", "composite"):
+        without = latents_of(mixer, replace(JOB, loras=loras[1:], compose=compose))
+        assert close(latents_of(mixer, replace(JOB, loras=silenced, compose=compose))[-1], without[-1])
+        assert not close(latents_of(mixer, replace(JOB, loras=loras, compose=compose))[-1], without[-1])
+
+
+def test_a_ladder_moves_text_encoders_only_with_the_unet(loras):
+    """What people set apart stays as they set it."""
+    for told, found in (
+        ({"text_encoder": 0.4}, (0.9, None)),
+        ({"text_encoder": 0.0}, (0.0, None)),
+        ({"text_encoder": 0.4, "text_encoder_2": 0.1}, (0.9, 0.1)),
+        ({"text_encoder": 0.1, "text_encoder_2": 0.4}, (0.1, 0.9)),
+    ):
+        (job,) = ladder(replace(JOB, loras=(replace(loras[0], **told),)), 0, [0.9])
+        assert (job.loras[0].unet, job.loras[0].text_encoder, job.loras[0].text_encoder_2) == (0.9, *found)
 
 
 def test_a_composite_follows_the_mean_of_what_each_lora_predicts(mixer: Mixer, loras):

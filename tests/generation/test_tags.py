@@ -113,6 +113,7 @@ def test_steps_are_counted_as_the_block_weight_extension_counts_them(when: str, 
     ("tag", "message"),
     [
         ("<lora:Stile v1.5>", r"no LoRA 'Stile v1.5' \(nearest: Style v1.5"),
+        ("<lora:STYLE V1.6>", r"no LoRA 'STYLE V1.6' \(nearest: Style v1.5"),
         ("<lora:>", "names no LoRA"),
         ("<lora: :1>", "names no LoRA"),
         ("<lora:a:1", "does not end"),
