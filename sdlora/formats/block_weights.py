@@ -6,11 +6,13 @@ typed there as `lbw=`; what is said of "lbw" here was read in its code.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
+from pathlib import Path
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import Architecture
+from sdlora.formats.numbers import short
 
 Factors = tuple[tuple[str, float], ...]  # block and factor, in the order of BLOCKS; blocks that are 1 are left out
 
@@ -30,6 +32,8 @@ PRESETS: Mapping[str, str] = {
     "ALL0.5": "0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5",
 }
 
+PRESET_FILE = "lbwpresets.txt"  # where people keep their own, as lbw does
+
 _INS, _OUTS = BLOCKS[1:13], BLOCKS[14:]
 # The blocks of a list by its length: those with attention in SDXL and in SD 1.x, then all of SDXL and of SD 1.x.
 _LISTS = {
@@ -39,11 +43,15 @@ _LISTS = {
     26: BLOCKS,
 }
 _COUNTS = "12, 17, 20 or 26"
-_GROUPS = {"IN": _INS, "MID": ("M00",), "OUT": _OUTS, "ALL": BLOCKS}
+_FLUX = 61  # numbers of a list for Flux
+# Each block is in one of these.
+GROUPS: Mapping[str, tuple[str, ...]] = {"BASE": ("BASE",), "IN": _INS, "MID": ("M00",), "OUT": _OUTS}
+_NAMED = {**GROUPS, "ALL": BLOCKS}
 
 _LAYER = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.|$)")
-_LIST = re.compile(r"[\w.+-]+(?:\s*,\s*[\w.+-]+)+")
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_DIGITS = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = re.compile(rf"[+-]?{_DIGITS}", re.ASCII)
+_ITEM = re.compile(rf"[RU]|X(?:[+-]{_DIGITS})?|[+-]?{_DIGITS}", re.ASCII)
 
 
 def block_of(path: str) -> str:
@@ -77,41 +85,32 @@ def blocks_of(architecture: Architecture) -> tuple[str, ...]:
     return tuple(block for block in BLOCKS if block in there)
 
 
-def read_factors(text: str, presets: Mapping[str, str] | None = None, dynamic: float = 1.0) -> Factors:
+def read_factors(text: str, presets: Mapping[str, str] = PRESETS, dynamic: float = 1.0) -> Factors:
     """The factors of an `lbw` list, of a preset by its name, or of named blocks.
 
     A list has 12, 17, 20 or 26 numbers. As in lbw, it says 0 for each block that it has no number for (see
     `unlisted`): "ALL", a list of 17, switches OUT00 to OUT02 off. X in a list stands for `dynamic`, X+0.2 and X-0.2
     for something more or less.
     Named blocks are "IN04:0.5,OUT03:0"; what is not named stays 1. A range "IN01-IN05:0.5" runs in the order of
-    BLOCKS; IN, MID, OUT and ALL are groups. Of two that name the same block the later counts: "OUT:0,OUT03:1".
-    presets: in place of PRESETS. SdloraError names what is wrong, and the nearest preset or block. lbw's random
+    BLOCKS; BASE, IN, MID, OUT and ALL are groups. Of two that name the same block the later counts: "OUT:0,OUT03:1".
+    SdloraError names what is wrong, and the nearest preset or block. lbw's random
     factors R and U are refused, since no picture could be made a second time with them.
     """
-    where, told = _resolved(text, PRESETS if presets is None else presets)
+    where, told = _resolved(text, presets)
     return _ordered(_named(told, where) if ":" in told else _listed(told, where, dynamic))
 
 
-def write_factors(factors: Factors, count: int, architecture: Architecture | None = None) -> str:
-    """As an `lbw` list of 12, 17, 20 or 26 numbers, which `read_factors` and lbw read.
-
-    SdloraError names a block that the list has no place for, and for which it would say 0, if its factor is another.
-    architecture: the one meant; what other blocks would get is then of no account.
-    """
-    if count not in _LISTS:
-        raise SdloraError(f"an lbw list has {_COUNTS} numbers, not {count}")
-    told = _checked(factors)
-    for block in BLOCKS if architecture is None else blocks_of(architecture):
-        factor = told.get(block, 1.0)
-        if block not in _LISTS[count] and factor:
-            place = f"an lbw list of {count} numbers has no place for {block}, whose factor is {_spelled(factor)}"
-            raise SdloraError(f"{place}; it would say 0; write a list of 26")
-    return ",".join(_spelled(told.get(block, 1.0)) for block in _LISTS[count])
+def write_factors(factors: Factors) -> str:
+    """As an `lbw` list, which `read_factors` and lbw read: the shortest of 12, 17, 20 or 26 that says them all."""
+    told = dict.fromkeys(BLOCKS, 1.0) | _checked(factors)
+    used = {block for block, factor in told.items() if factor}
+    listed = next(blocks for blocks in _LISTS.values() if used <= set(blocks))
+    return ",".join(short(told[block]) for block in listed)
 
 
 def write_named(factors: Factors) -> str:
     """As named blocks, "IN04:0.5,OUT03:0", which `read_factors` reads; "" where all are 1."""
-    return ",".join(f"{block}:{_spelled(factor)}" for block, factor in _ordered(_checked(factors)))
+    return ",".join(f"{block}:{short(factor)}" for block, factor in _ordered(_checked(factors)))
 
 
 def absent(factors: Factors, architecture: Architecture) -> tuple[str, ...]:
@@ -120,44 +119,77 @@ def absent(factors: Factors, architecture: Architecture) -> tuple[str, ...]:
     return tuple(block for block, _ in factors if block not in there)
 
 
-def unlisted(text: str, architecture: Architecture, presets: Mapping[str, str] | None = None) -> tuple[str, ...]:
+def unlisted(text: str, architecture: Architecture, presets: Mapping[str, str] = PRESETS) -> tuple[str, ...]:
     """The architecture's blocks that a list, or a preset's list, has no number for and so switches off.
 
     Arguments and errors as of `read_factors`; named blocks switch nothing off unsaid.
     """
-    where, told = _resolved(text, PRESETS if presets is None else presets)
+    where, told = _resolved(text, presets)
     if ":" in told:
         return ()
     listed = _blocks_listed(told.split(","), where)
     return tuple(block for block in blocks_of(architecture) if block not in listed)
 
 
-def read_presets(text: str) -> dict[str, str]:
-    """Presets by name, from the text of lbw's file (lbwpresets.txt): a line NAME:1,0,0... each.
+def presets_in(folders: Iterable[Path]) -> dict[str, str]:
+    """PRESETS, and those of lbw's file (PRESET_FILE) in each folder that has one; of one name, the file's counts.
 
-    As in lbw, lines with "#" and lines that hold no list are comments. A list of a wrong length is kept here, and
-    refused by name when it is used; lists of 61, for Flux, are kept for the sake of those who write the file again.
-    SdloraError names a preset that stands there twice with different lists.
+    SdloraError: a file cannot be read, or two of them have different lists of one name.
+    """
+    found: dict[str, str] = {}
+    for file in (folder / PRESET_FILE for folder in folders):
+        if not file.exists():
+            continue
+        try:
+            text = file.read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SdloraError(f"the presets {file} cannot be read ({error}); save them as text in UTF-8") from error
+        for name, told in read_presets(text, str(file)).items():
+            if found.setdefault(name, told) != told:
+                raise SdloraError(f"{file} has another list for {name} than a folder before it; rename one of the two")
+    return {**PRESETS, **found}
+
+
+def read_presets(text: str, where: str = "the presets") -> dict[str, str]:
+    """Presets by name, from the text of lbw's file: a line NAME:1,0,0... each; those with "#" are comments, as in lbw.
+
+    where: what to call the text in errors. Random factors, and lists of 61, for Flux, are kept for the sake of those
+    who write the file again, and refused by name when they are used.
+    SdloraError names the line that is no preset, or one that stands there twice with different lists.
     """
     presets: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, told = (part.strip() for part in line.partition(":"))
-        if not name or "#" in line or not _LIST.fullmatch(told):
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or "#" in line:
             continue
+        name, told = _preset(line, f"{where}, line {number}")
         if presets.setdefault(name, told) != told:
-            raise SdloraError(f"the presets have two different lists for {name}; delete one or give it another name")
+            raise SdloraError(
+                f"{where}, line {number}: there is another list for {name} before; delete one or give it another name"
+            )
     return presets
 
 
 def write_presets(presets: Mapping[str, str]) -> str:
     """The text of lbw's file, which `read_presets` reads. SdloraError names a preset that the file cannot hold."""
-    text = "".join(f"{name}:{told}\n" for name, told in presets.items())
-    kept = read_presets(text)
-    lost = next((name for name, told in presets.items() if kept.get(name) != told), None)
-    if lost is not None:
-        rule = "its name must be without : # and line breaks, its factors a list of numbers (26 hold any)"
-        raise SdloraError(f"preset {lost!r} has no place in lbw's file: {rule}")
-    return text
+    for name, told in presets.items():
+        try:
+            kept = read_presets(f"{name}:{told}")
+        except SdloraError as error:
+            raise SdloraError(f"preset {name!r} has no place in lbw's file: {error}") from None
+        if kept != {name: told}:
+            raise SdloraError(f"preset {name!r} has no place in lbw's file: a name has no : # or line breaks in it")
+    return "".join(f"{name}:{told}\n" for name, told in presets.items())
+
+
+def _preset(line: str, where: str) -> tuple[str, str]:
+    """Name and list of a line."""
+    name, _, told = (part.strip() for part in line.partition(":"))
+    items = [item.strip() for item in told.split(",")]
+    if not name or len(items) < 2 or not all(map(_ITEM.fullmatch, items)):
+        raise SdloraError(f"{where}: {line.strip()[:60]!r} is no preset; write NAME:1,0,... or put # before it")
+    if len(items) != _FLUX:
+        _blocks_listed(items, f"{where}: {name}")
+    return name, told
 
 
 def _resolved(text: str, presets: Mapping[str, str]) -> tuple[str, str]:
@@ -180,7 +212,7 @@ def _listed(told: str, where: str, dynamic: float) -> dict[str, float]:
 def _blocks_listed(parts: list[str], where: str) -> tuple[str, ...]:
     if len(parts) in _LISTS:
         return _LISTS[len(parts)]
-    flux = " (61 are for Flux)" if len(parts) == 61 else ""
+    flux = f" ({_FLUX} are for Flux)" if len(parts) == _FLUX else ""
     raise SdloraError(f"{where}: {len(parts)} numbers{flux}; an lbw list has {_COUNTS}")
 
 
@@ -207,13 +239,13 @@ def _named(told: str, where: str) -> dict[str, float]:
 
 def _places(place: str, where: str) -> tuple[str, ...]:
     """The blocks of a name, a group or a range."""
-    if place in _GROUPS:
-        return _GROUPS[place]
+    if place in _NAMED:
+        return _NAMED[place]
     ends = [end.strip() for end in place.split("-")]
     wrong = next((end for end in ends if end not in BLOCKS), None)
     if wrong is not None or len(ends) > 2:
         unknown = place if wrong is None else wrong
-        raise SdloraError(f"{where}: there is no block {unknown!r}{nearest(unknown, (*BLOCKS, *_GROUPS))}")
+        raise SdloraError(f"{where}: there is no block {unknown!r}{nearest(unknown, (*BLOCKS, *_NAMED))}")
     first, last = sorted((BLOCKS.index(ends[0]), BLOCKS.index(ends[-1])))
     return BLOCKS[first : last + 1]
 
@@ -236,8 +268,3 @@ def _checked(factors: Factors) -> dict[str, float]:
 
 def _ordered(factors: Mapping[str, float]) -> Factors:
     return tuple((block, factors[block]) for block in BLOCKS if factors.get(block, 1.0) != 1.0)
-
-
-def _spelled(factor: float) -> str:
-    """In the fewest digits that read back as the same number."""
-    return repr(float(factor)).removesuffix(".0")

@@ -109,3 +109,8 @@ def _finite(value: Tensor) -> bool:
         return bool(torch.isfinite(value.double()).all())
     integers, signless, limit = BITS[name]
     return int((value.reshape(-1).view(getattr(torch, integers)).numpy() & signless).max()) < limit
+
+
+def short(number: float) -> str:
+    """In few digits that read back as the same number."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)

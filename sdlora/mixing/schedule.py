@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from sdlora.errors import SdloraError
+from sdlora.formats.numbers import short
 
 Point = tuple[float, float]  # progress from 0 (pure noise) to 1 (the picture), and the factor there
 
@@ -41,7 +42,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """As `parse_schedule` reads it back, exactly."""
-        return ", ".join(f"{_short(position)}:{_short(factor)}" for position, factor in self.points)
+        return ", ".join(f"{short(position)}:{short(factor)}" for position, factor in self.points)
 
     @property
     def level(self) -> float | None:
@@ -94,10 +95,6 @@ def parse_schedule(text: str) -> Schedule:
     if not points or any(point is None for point in points):
         raise SdloraError(f"the schedule {text!r} is not understood; {FORMS}")
     return Schedule(tuple((float(point[1]), float(point[2])) for point in points if point))
-
-
-def _short(number: float) -> str:
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def in_turn(index: int, of: int, steps: int, every: int) -> Schedule:

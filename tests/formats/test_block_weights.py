@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from sdlora.formats.block_weights import (
     absent,
     block_of,
     blocks_of,
+    presets_in,
     read_factors,
     read_presets,
     unlisted,
@@ -170,35 +172,24 @@ def test_what_is_written_is_read_back_to_the_bit(count: int):
     for _ in range(20):
         text = ",".join(repr(draw.choice([0.0, 1.0, draw.uniform(-2, 2), draw.uniform(0, 1e-9)])) for _ in range(count))
         factors = read_factors(text)
-        assert read_factors(write_factors(factors, count)) == factors
-        assert read_factors(write_factors(factors, 26)) == factors
+        written = write_factors(factors)
+        assert read_factors(written) == factors and len(written.split(",")) <= count
         assert read_factors(write_named(factors)) == factors
 
 
-def test_the_presets_are_written_as_they_are_typed():
-    assert {name: write_factors(read_factors(name), 17) for name in PRESETS} == PRESETS
+@pytest.mark.parametrize("count", LISTS)
+def test_a_list_is_written_in_the_length_that_it_was_typed_in(count: int):
+    text = ",".join(f"0.{number}5" for number in range(1, count + 1))
+    assert write_factors(read_factors(text)) == text
+    assert write_factors(read_factors("IN04:0.5")) == ",".join(["1"] * 5 + ["0.5"] + ["1"] * 20)
 
 
-def test_a_list_without_a_place_for_a_factor_is_not_written():
-    factors = read_factors("IN04:0.5")
-    with pytest.raises(SdloraError, match=r"17 numbers has no place for IN00, whose factor is 1; .* list of 26"):
-        write_factors(factors, 17)
-    with pytest.raises(SdloraError, match="no place for OUT01, whose factor is 0.5"):
-        write_factors(read_factors("OUT01:0.5,IN:0,OUT00:0"), 17)
-    with pytest.raises(SdloraError, match="12, 17, 20 or 26 numbers, not 18"):
-        write_factors(factors, 18)
+def test_presets_are_written_as_they_are_typed_where_no_shorter_list_says_the_same():
+    shorter = {"NONE": ",".join("0" * 12), "IND": "1,0,1,1,1,0,0,0,0,0,0,0"}
+    assert {name: write_factors(read_factors(name)) for name in PRESETS} == {**PRESETS, **shorter}
 
 
-def test_a_list_for_an_architecture_needs_no_place_for_blocks_that_it_lacks():
-    factors = read_factors("IN04:0.5,OUT11:0.25")
-    assert write_factors(factors, 20, sdxl()) == "1,1,1,1,1,0.5" + ",1" * 14
-    with pytest.raises(SdloraError, match="no place for IN00"):
-        write_factors(factors, 12, sdxl())
-    with pytest.raises(SdloraError, match="no place for IN09"):
-        write_factors(factors, 20, sd1())
-
-
-@pytest.mark.parametrize("write", [lambda factors: write_factors(factors, 26), write_named])
+@pytest.mark.parametrize("write", [write_factors, write_named])
 def test_factors_that_are_none_are_not_written(write):
     with pytest.raises(SdloraError, match=r"no block 'IN4' \(nearest"):
         write((("IN4", 0.5),))
@@ -224,30 +215,63 @@ def test_blocks_that_a_list_switches_off_unsaid_are_named():
         unlisted("AL", sdxl())
 
 
+ONES = ",".join("1" * 12)
+
+
 def test_a_file_of_presets_is_read_as_the_extension_reads_it():
-    flux = ",".join("1" * 61)
-    text = "# my own\nINS:1,1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0\r\n\nonly words: here, and there\n MINE : R, 0,X\n"
-    text += f"OFF#:1,1,1\nFLUXALL:{flux}\nsee https://example.org/a,b\n"
+    flux, odd = ",".join("1" * 61), "R, U,X,X+0.2,X-.5,1e-3,-1,0,0,0,0,.5"
+    text = f"# my own: {ONES}\nINS:{PRESETS['INS']}\r\n\n MINE : {odd}\nOFF#:1,1,1\nFLUXALL:{flux}\n"
     presets = read_presets(text)
-    assert presets == {"INS": PRESETS["INS"], "MINE": "R, 0,X", "FLUXALL": flux}
-    with pytest.raises(SdloraError, match="preset MINE: 3 numbers"):
+    assert presets == {"INS": PRESETS["INS"], "MINE": odd, "FLUXALL": flux}
+    with pytest.raises(SdloraError, match="preset FLUXALL: 61 numbers"):
+        read_factors("FLUXALL", presets)
+    with pytest.raises(SdloraError, match="preset MINE: BASE is R, a random factor"):
         read_factors("MINE", presets)
 
 
-def test_a_preset_that_stands_twice_in_a_file_is_refused_unless_it_is_the_same():
-    assert read_presets("A:1,0\nA:1,0") == {"A": "1,0"}
-    with pytest.raises(SdloraError, match="two different lists for A"):
-        read_presets("A:1,0\nB:1,1\nA:1,1")
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("only words", "'only words' is no preset; write NAME:1,0,... or put # before it"),
+        ("MINE:IN04:0.5", "is no preset"),
+        (f"MINE:{ONES},half", "is no preset"),
+        (f":{ONES}", "is no preset"),
+        ("MINE:1,0,1", "MINE: 3 numbers; an lbw list has 12, 17, 20 or 26"),
+        (f"A:0,{ONES[2:]}", "there is another list for A before"),
+    ],
+)
+def test_a_line_that_is_no_preset_is_named(line: str, why: str):
+    with pytest.raises(SdloraError, match=f"^his.txt, line 3: .*{re.escape(why)}"):
+        read_presets(f"A:{ONES}\nA:{ONES}\n{line}\n", "his.txt")
+
+
+def test_presets_of_folders_stand_beside_the_built_in_ones(tmp_path: Path):
+    for name in ("one", "two", "none"):
+        (tmp_path / name).mkdir()
+    folders = [tmp_path / name for name in ("one", "none", "two")]
+    zeros = ",".join("0" * 12)
+    (tmp_path / "one" / "lbwpresets.txt").write_text(f"\N{BYTE ORDER MARK}MINE:{ONES}\nINS:{zeros}\n", "utf-8")
+    (tmp_path / "two" / "lbwpresets.txt").write_text(f"HERS:{zeros}\nMINE:{ONES}\n")
+    presets = presets_in(folders)
+    assert presets == {**PRESETS, "MINE": ONES, "INS": zeros, "HERS": zeros}
+    assert read_factors("INS", presets) == read_factors("NONE")
+    (tmp_path / "two" / "lbwpresets.txt").write_text(f"MINE:{zeros}\n")
+    with pytest.raises(SdloraError, match="two.*another list for MINE than a folder before"):
+        presets_in(folders)
+    (tmp_path / "two" / "lbwpresets.txt").write_bytes(b"MINE\xff:1,0")
+    with pytest.raises(SdloraError, match="two.*cannot be read"):
+        presets_in(folders)
 
 
 def test_presets_are_read_back_as_they_were_written():
-    assert write_presets({"B": "1,0", "A b": "0,X"}) == "B:1,0\nA b:0,X\n"
+    assert write_presets({"B": ONES, "A b": ONES}) == f"B:{ONES}\nA b:{ONES}\n"
     assert read_presets(write_presets(PRESETS)) == PRESETS
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("a:b", "1,0"), ("#a", "1,0"), ("a\nb", "1,0"), ("", "1,0"), (" a", "1,0"), ("a", "IN04:0")]
+    ("name", "told"),
+    [("a:b", ONES), ("#a", ONES), ("a\nb", ONES), ("", ONES), (" a", ONES), ("a", "IN04:0"), ("a", "1,0")],
 )
 def test_a_preset_that_the_file_cannot_hold_is_not_written(name: str, told: str):
     with pytest.raises(SdloraError, match="has no place in lbw's file"):
-        write_presets({"GOOD": "1,1", name: told})
+        write_presets({"GOOD": ONES, name: told})

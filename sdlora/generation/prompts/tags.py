@@ -16,6 +16,7 @@ from typing import Any
 
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.block_weights import PRESETS, Factors, read_factors, write_factors
+from sdlora.formats.numbers import short
 from sdlora.formats.sources import SUFFIX, loras_below, name_of
 from sdlora.generation.job import Job
 from sdlora.mixing.plan import LoraWeight
@@ -245,11 +246,11 @@ def tag_of(lora: LoraWeight, steps: int) -> str:
     Both weights are in it by place, as A1111 reads them. It knows nothing of te2 and schedule, which stand there only
     where they are needed, and reads no name with : or >.
     """
-    said = [_quoted(name_of(Path(lora.path))), _shown(lora.of("text_encoder")), _shown(lora.of("unet"))]
+    said = [_quoted(name_of(Path(lora.path))), short(lora.of("text_encoder")), short(lora.of("unet"))]
     if lora.of("text_encoder_2") != lora.of("text_encoder"):
-        said.append(f"te2={_shown(lora.of('text_encoder_2'))}")
+        said.append(f"te2={short(lora.of('text_encoder_2'))}")
     if lora.blocks:
-        said.append(f"lbw={write_factors(lora.blocks, 26)}")
+        said.append(f"lbw={write_factors(lora.blocks)}")
     return f"<lora:{':'.join([*said, *_when(lora.schedule, steps)])}>"
 
 
@@ -268,10 +269,6 @@ def _quoted(name: str) -> str:
     if name == name.strip() and not name.startswith('"') and not re.search("[:>]", name):
         return name
     return '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
-
-
-def _shown(number: float) -> str:
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 # Names
