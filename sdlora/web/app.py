@@ -22,12 +22,6 @@ USER = "sdlora"
 LARGEST_UPLOAD = "2gb"
 
 
-def _made(folder: Path) -> Path:
-    """The folder, there from now on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def serve(
     *,
     models: Sequence[str] = ("toybox",),
@@ -48,16 +42,7 @@ def serve(
         raise SdloraError(f"host {host} can be reached by others; give a --password, or leave the host at 127.0.0.1")
     if not 0 < port < 65536:
         raise SdloraError(f"port {port} is none; give one from 1 to 65535 with --port")
-    for model in models:
-        find(model)
-    library = Library([Path(folder) for folder in libraries]) if libraries else None
-    try:
-        _made(Path(output))
-        library = library or Library([_made(Path("outputs"))])
-    except OSError as error:
-        raise SdloraError(f"no folder can be made at {output} ({error.strerror}); give another --output") from error
-    studio = Studio(tuple(models), library, Path(output))
-    page = build(studio)
+    page = build(_studio(models, libraries, output))
     try:
         page.launch(
             server_name=host,
@@ -84,6 +69,24 @@ def serve(
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def _studio(models: Sequence[str], libraries: Sequence[str], output: str) -> Studio:
+    for model in models:
+        find(model)
+    library = Library([Path(folder) for folder in libraries]) if libraries else None
+    try:
+        _made(Path(output))
+        library = library or Library([_made(Path("outputs"))])
+    except OSError as error:
+        raise SdloraError(f"no folder can be made at {output} ({error.strerror}); give another --output") from error
+    return Studio(tuple(models), library, Path(output))
+
+
+def _made(folder: Path) -> Path:
+    """The folder, there from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def build(studio: Studio) -> gr.Blocks:

@@ -9,11 +9,13 @@ import gradio as gr
 from PIL import Image
 
 from sdlora.errors import SdloraError
+from sdlora.formats.sources import name_of
 from sdlora.generation.composition import grid, ladder
 from sdlora.generation.job import Job
 from sdlora.generation.render import Picture
 from sdlora.generation.sheet import compared
-from sdlora.web.rack import QUIET, Rack
+from sdlora.web.events import QUIET
+from sdlora.web.rack import Rack
 
 KINDS = [("ladder of one LoRA", "ladder"), ("grid of two LoRAs", "grid")]
 # Label, value, bounds and step of an axis' numbers.
@@ -65,7 +67,7 @@ class Comparison:
         """ "style 0 to 1.25 × zib 0 to 1"."""
         first, last = self.jobs[0].loras, self.jobs[-1].loras
         places = (self.first, self.second) if self.second >= 0 else (self.first,)
-        return " × ".join(f"{Path(first[i].path).stem} {first[i].unet:g} to {last[i].unet:g}" for i in places)
+        return " × ".join(f"{name_of(Path(first[i].path))} {first[i].unet:g} to {last[i].unet:g}" for i in places)
 
     def sheet(self, pictures: Sequence[Picture]) -> Image.Image:
         """Of the pictures of one seed."""

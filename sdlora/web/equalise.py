@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import exp, log
 from typing import Any
 
 import gradio as gr
@@ -11,13 +10,12 @@ from sdlora.errors import SdloraError
 from sdlora.formats.checkpoints import Checkpoint, open_checkpoint
 from sdlora.models.load import source_of
 from sdlora.web import markup
-from sdlora.web.rack import QUIET, Rack
+from sdlora.web.events import QUIET, toasted
+from sdlora.web.rack import Rack
+from sdlora.web.row import LARGEST
 from sdlora.web.studio import Studio
-from sdlora.web.toast import toasted
 from sdlora.workbench.base_norms import default_cache
-from sdlora.workbench.conflicts import Conflicts, conflicts
-
-LARGEST = 2.0  # weight that a slider can show
+from sdlora.workbench.conflicts import Conflicts, at_present_size, conflicts
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,8 @@ def build(rack: Rack) -> None:
 
     rack.equalise.click(ask, rack.inputs, widgets, trigger_mode="once", **QUIET)
     apply.click(take, offer.weights, [*widgets, *(row.weight for row in rack.rows)], **QUIET)
-    gr.on([leave.click, *(row.lora.change for row in rack.rows)], lambda: offer.gone, None, widgets, **QUIET)
+    ends = [leave.click, rack.model.change, *(row.lora.change for row in rack.rows)]
+    gr.on(ends, lambda: offer.gone, None, widgets, **QUIET)
 
 
 def _asked(rack: Rack, offer: Offer, values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -68,19 +67,12 @@ def _asked(rack: Rack, offer: Offer, values: Mapping[Any, Any]) -> dict[Any, Any
         raise SdloraError("the rack has no two LoRAs that are on; put in those that you want to compare")
     found = conflicts(list(held.values()), _base(rack.studio, values[rack.model]), cache=default_cache())
     now = [values[rack.rows[i].weight] for i in held]
-    weights = dict(zip(held, shared_out(found.equalised, now), strict=True)) if found.equalised else {}
+    weights = dict(zip(held, at_present_size(found.equalised, now, LARGEST), strict=True)) if found.equalised else {}
     return {
         offer.told: _told(found, list(weights.values())),
         offer.apply: gr.update(visible=bool(weights)),
         offer.weights: weights,
     }
-
-
-def shared_out(equalised: tuple[float, ...], now: list[float]) -> list[float]:
-    """Equalised weights, whose geometric mean is 1, at the mean of those that are set now, as far as sliders go."""
-    mean = exp(sum(log(abs(weight)) for weight in now) / len(now)) if all(now) else 1.0
-    mean = min(mean, LARGEST / max(equalised))
-    return [round(mean * weight, 2) for weight in equalised]
 
 
 def _told(found: Conflicts, weights: list[float]) -> str:

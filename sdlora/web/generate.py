@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -12,10 +13,9 @@ from sdlora.generation.job import SCHEDULERS, Job, parse_size
 from sdlora.generation.prompts.tags import resolved
 from sdlora.generation.render import Picture, render
 from sdlora.web import compare, equalise, markup, outcome, rack
+from sdlora.web.events import QUIET, toasted
 from sdlora.web.outcome import KEPT, Outcome, Shot
-from sdlora.web.rack import QUIET
 from sdlora.web.studio import Studio
-from sdlora.web.toast import toasted
 
 SCHEDULER_NAMES = [("the model's own", "default"), *((told[2], name) for name, told in SCHEDULERS.items())]
 
@@ -130,14 +130,14 @@ def _slider(label: str, low: float, high: float, value: float, step: float) -> g
 
 def _wire(studio: Studio, page: gr.Blocks, form: Form, buttons: Buttons, shown: Outcome) -> None:
     def run(side_by_side: bool, values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield buttons.running(True)
-        try:
-            with toasted():
-                yield from _run(studio, form, shown, values, str(request.session_hash), side_by_side)
-        except Exception:  # whatever it is, the page must be able to go on; gradio shows or logs it
-            yield {**buttons.running(False), shown.bar: markup.note("Ready.")}
-            raise
-        yield buttons.running(False)
+        with toasted(), studio.job_of(str(request.session_hash)) as asked:
+            yield buttons.running(True)
+            try:
+                yield from _run(studio, form, shown, values, asked, side_by_side)
+            except Exception:  # whatever it is, the page must be able to go on; gradio shows or logs it
+                yield {**buttons.running(False), shown.bar: markup.note("Ready.")}
+                raise
+            yield buttons.running(False)
 
     def generate(values: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         yield from run(False, values, request)
@@ -160,36 +160,29 @@ def _wire(studio: Studio, page: gr.Blocks, form: Form, buttons: Buttons, shown: 
 
 
 def _run(
-    studio: Studio, form: Form, shown: Outcome, values: Mapping[Any, Any], session: str, side_by_side: bool
+    studio: Studio, form: Form, shown: Outcome, values: Mapping[Any, Any], asked: Event, side_by_side: bool
 ) -> Iterator[dict[Any, Any]]:
-    """One job of one page, or the comparison made of it: yields what changes in its widgets."""
+    """One job of one page, or the comparison made of it, until it is asked to stop: yields what changes in widgets."""
+    yield {shown.bar: markup.bar(0, f"loading {values[form.model]}")}
+    job = form.job(values)
+    comparison = form.compare.comparison(values, job, form.rack) if side_by_side else None
+    jobs = comparison.jobs if comparison else (job,)
+    total = sum(one.count for one in jobs)
+    yield {form.seed: job.seed}
+    mixer, notes = studio.mixer(job.model), ""
     shots: tuple[Shot, ...] = values[shown.shots]
-    with studio.job_of(session) as asked:
-        yield {shown.bar: markup.bar(0, f"loading {values[form.model]}")}
-        job = form.job(values)
-        comparison = form.compare.comparison(values, job, form.rack) if side_by_side else None
-        jobs, together = (comparison.jobs, comparison.cells) if comparison else ((job,), 1)
-        total = sum(one.count for one in jobs)
-        yield {form.seed: job.seed}
-        mixer, notes = studio.mixer(job.model), ""
-        done: list[Picture] = []
-        made: list[Shot] = []  # of the sheet that is on its way
-        with closing(render(mixer, *jobs)) as events:
-            for event in events:
-                if isinstance(event, Picture):
-                    notes = outcome.left_out(mixer, event.job)
-                    done.append(event)
-                    made.append(shown.kept(studio, event))
-                    whole = len(made) == together
-                    if whole and comparison:
-                        made.insert(0, shown.kept_sheet(studio, comparison, done[-together:]))
-                    yield shown.filled((*made, *shots)[:KEPT])
-                    if whole:
-                        shots, made = (*made, *shots), []
-                else:
-                    yield {shown.bar: outcome.bar(event, total)}
-                if asked.is_set():
-                    break
+    done: list[Picture] = []
+    with closing(render(mixer, *jobs)) as events:
+        for event in events:
+            if isinstance(event, Picture):
+                notes = outcome.left_out(mixer, event.job)
+                done.append(event)
+                shots = shown.added(studio, shots, done, comparison)
+                yield shown.filled(shots[:KEPT])
+            else:
+                yield {shown.bar: outcome.bar(event, total)}
+            if asked.is_set():
+                break
     cancelled = asked.is_set() and len(done) < total
     told = f"Cancelled after {_pictures(len(done))}." if cancelled else f"{_pictures(len(done))} done."
     yield {shown.bar: markup.note(f"{told} {notes}".rstrip())}

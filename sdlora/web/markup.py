@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from sdlora.formats.block_weights import write_named
+from sdlora.formats.sources import name_of
 from sdlora.generation.job import Job
 from sdlora.mixing.plan import LoraWeight
 
@@ -76,7 +77,7 @@ def settings(job: Job, file: str, compared: str = "") -> str:
 
 def caption(job: Job, compared: str = "") -> str:
     """A picture's settings in a line (plain text; the gallery escapes it)."""
-    loras = [f"{Path(lora.path).stem} {lora.unet:g}" for lora in job.loras if lora.on]
+    loras = [f"{name_of(Path(lora.path))} {lora.unet:g}" for lora in job.loras if lora.on]
     return " · ".join([*(["sheet", compared] if compared else []), f"seed {job.seed}", *loras])
 
 
@@ -88,7 +89,7 @@ def _weights(lora: LoraWeight) -> str:
     told = [f"{name} {weight:g}" for name, weight in encoders.items() if len(encoders) > 1 or weight != lora.unet]
     told += [f"blocks {write_named(lora.blocks)}"] if lora.blocks else []
     told += [f"schedule {lora.schedule}"] if lora.schedule.points else []
-    return ", ".join([f"{Path(lora.path).stem} {lora.unet:g}", *told])
+    return ", ".join([f"{name_of(Path(lora.path))} {lora.unet:g}", *told])
 
 
 def _composition(job: Job) -> str:

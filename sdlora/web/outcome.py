@@ -15,7 +15,7 @@ from sdlora.generation.render import Picture, Progress
 from sdlora.mixing.mixer import Mixer
 from sdlora.web import markup
 from sdlora.web.compare import Comparison
-from sdlora.web.rack import QUIET
+from sdlora.web.events import QUIET
 from sdlora.web.studio import Studio
 
 KEPT = 64  # pictures in a page's gallery; all stay in the output folder
@@ -43,13 +43,25 @@ class Outcome:
     details: gr.HTML
     shots: gr.State
 
-    def kept(self, studio: Studio, picture: Picture) -> Shot:
-        """The picture saved in the output folder, with a copy that pages may fetch."""
+    def added(
+        self, studio: Studio, shots: tuple[Shot, ...], done: Sequence[Picture], comparison: Comparison | None
+    ) -> tuple[Shot, ...]:
+        """The shots with the last of the pictures that are done, behind those of its sheet, and that when it is whole.
+
+        All are saved in the output folder.
+        """
+        together = comparison.cells if comparison else 1
+        place = (len(done) - 1) % together
+        shots = (*shots[:place], self._kept(studio, done[-1]), *shots[place:])
+        if comparison and place + 1 == together:
+            return (self._kept_sheet(studio, comparison, done[-together:]), *shots)
+        return shots
+
+    def _kept(self, studio: Studio, picture: Picture) -> Shot:
         path = str(save(picture, studio.output))
         return Shot(save_file_to_cache(path, self.gallery.GRADIO_CACHE), picture.job, path)
 
-    def kept_sheet(self, studio: Studio, comparison: Comparison, pictures: Sequence[Picture]) -> Shot:
-        """The same for the sheet of all pictures of one seed."""
+    def _kept_sheet(self, studio: Studio, comparison: Comparison, pictures: Sequence[Picture]) -> Shot:
         job = pictures[-1].job
         path = str(save_sheet(comparison.sheet(pictures), studio.output, job))
         others = tuple(lora for i, lora in enumerate(job.loras) if i not in (comparison.first, comparison.second))

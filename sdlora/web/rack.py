@@ -7,14 +7,15 @@ from typing import Any
 
 import gradio as gr
 
+from sdlora.errors import SdloraError
 from sdlora.formats.architectures import Architecture
 from sdlora.formats.read import read
 from sdlora.mixing.plan import LoraWeight
 from sdlora.web import markup
 from sdlora.web import row as rows_
+from sdlora.web.events import LATEST, QUIET, toasted
 from sdlora.web.row import Row
 from sdlora.web.studio import Studio
-from sdlora.web.toast import toasted
 
 ROWS = 8
 CHOOSE = "Choose a LoRA."
@@ -24,7 +25,6 @@ TOGETHER = {
     "switch": "one after the other, in turns",
     "composite": "each by itself, then the mean of what they predict",
 }
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +139,10 @@ def _wire_row(rack: Rack, row: Row) -> None:
     def describe(lora: str | None, model: str) -> str:
         if not lora:
             return _invitation(rack)
-        with toasted():
+        try:
             _, receipt = read(rack.studio.library.path(lora), rack.studio.mixer(model).architecture)
+        except SdloraError as error:
+            return markup.fault(str(error))
         return markup.trigger_words(receipt.trigger_words, receipt.summary())
 
     def tell(values: dict[Any, Any]) -> dict[Any, Any]:
@@ -152,13 +154,12 @@ def _wire_row(rack: Rack, row: Row) -> None:
         return {rack.shown: left, **boxes, **row.defaults}
 
     chosen = gr.on([row.lora.change, rack.model.change], describe, [row.lora, rack.model], row.words, **QUIET)
-    in_order = {**QUIET, "concurrency_id": f"tell-{index}"}  # else what is told late could be of an earlier state
-    chosen.then(tell, told, shows, **in_order)
+    in_order = {"concurrency_id": f"tell-{index}"}  # else what is told late could be of an earlier state
+    chosen.then(tell, told, shows, **QUIET, **in_order)
     encoders = list(row.encoders.values())  # those that no longer follow the weight begin where it stands
     begun = row.follows.input(lambda weight: [weight] * len(encoders), row.weight, encoders, **QUIET)
-    begun.then(tell, told, shows, **in_order)
-    quick = {**in_order, "trigger_mode": "always_last"}
-    gr.on([widget.change for widget in row.settings[1:]], tell, told, shows, **quick)
+    begun.then(tell, told, shows, **QUIET, **in_order)
+    gr.on([widget.change for widget in row.settings[1:]], tell, told, shows, **LATEST, **in_order)
     row.remove.click(remove, rack.shown, [rack.shown, *(one.box for one in rack.rows), *row.defaults], **QUIET)
 
 

@@ -12,6 +12,7 @@ from sdlora.mixing.schedule import parse_schedule
 from sdlora.web import blocks, markup, timing
 
 WEIGHT = 0.8  # of a LoRA that has just been chosen
+LARGEST = 2.0  # that a slider can show, up and down
 ENCODERS = {"text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 MORE = "more"
 
@@ -106,4 +107,6 @@ def build(index: int) -> Row:
 
 
 def _weight(label: str, kind: str, visible: bool = True) -> gr.Slider:
-    return gr.Slider(-2, 2, value=WEIGHT, step=0.05, label=label, buttons=[], elem_classes=kind, visible=visible)
+    return gr.Slider(
+        -LARGEST, LARGEST, value=WEIGHT, step=0.05, label=label, buttons=[], elem_classes=kind, visible=visible
+    )

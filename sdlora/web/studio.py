@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdlora.errors import SdloraError
 from sdlora.generation.open import open_mixer
 from sdlora.mixing.mixer import Mixer
 from sdlora.web.library import Library
@@ -24,6 +25,8 @@ class Studio:
 
     def mixer(self, model: str) -> Mixer:
         """The mixer over a base model, which is loaded when it is first asked for."""
+        if found := self.loaded(model):  # nobody waits here while another model is loaded
+            return found
         with self._loading:
             if model not in self._mixers:
                 self._mixers[model] = open_mixer(model)
@@ -35,13 +38,14 @@ class Studio:
 
     @contextmanager
     def job_of(self, session: str) -> Iterator[threading.Event]:
-        """While a session's job runs: an event that tells it to stop."""
-        asked = self._running[session] = threading.Event()
+        """While a session's job runs: an event that tells it to stop. SdloraError where the session has one already."""
+        asked = threading.Event()
+        if self._running.setdefault(session, asked) is not asked:
+            raise SdloraError("this page is at work on another job; wait for its end, or cancel it")
         try:
             yield asked
         finally:
-            if self._running.get(session) is asked:
-                del self._running[session]
+            del self._running[session]
 
     def cancel(self, session: str) -> None:
         """Stop the session's own job, and nobody else's."""

@@ -27,6 +27,12 @@ def choose_lora(page: Any, row: int, name: str) -> None:
     page.wait_for_function("() => !document.querySelector('[role=option]')")  # the list has faded away
 
 
+def unfold(page: Any, where: str) -> None:
+    """Open a fold, and wait until the page is idle: what is typed while gradio still builds what is in it, is lost."""
+    page.locator(f"{where} .label-wrap").first.click()
+    page.evaluate("() => new Promise(done => requestIdleCallback(() => requestIdleCallback(done)))")
+
+
 def generate(page: Any, count: int = 1) -> bytes:
     """Press the button, wait for the pictures, and return the pixels of the newest."""
     shown = page.locator("#gallery img").count() + count

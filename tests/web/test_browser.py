@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.web.pages import Open, choose_lora, generate, pixels, set_number
+from tests.web.pages import Open, choose_lora, generate, pixels, set_number, unfold
 
 
 def test_two_sliders_change_the_picture(open_page: Open) -> None:
@@ -54,6 +54,31 @@ def test_cancel_stops_ones_own_job_only(open_page: Open) -> None:
     mine.locator("#cancel").click()
     mine.locator("#bar", has_text="Cancelled after").wait_for()
     theirs.locator("#bar", has_text="1 picture done.").wait_for()
+
+
+def test_a_second_job_of_a_page_is_refused_and_the_first_can_still_be_cancelled(open_page: Open) -> None:
+    page = open_page()
+    choose_lora(page, 0, "alpha")
+    set_number(page, "#steps", 100)
+    unfold(page, "#compare")
+    page.locator("#compare-go").click()
+    page.locator("#bar", has_text="step").wait_for()
+    page.locator("#prompt textarea").press("Shift+Enter")
+    page.locator(".toast-body", has_text="at work on another job").wait_for()
+    page.locator("#cancel").click()
+    page.locator("#bar", has_text="Cancelled after 0 pictures.").wait_for()
+
+
+def test_a_file_that_cannot_be_read_is_told_in_its_row(open_page: Open, library: Path) -> None:
+    broken = library / "broken.safetensors"
+    broken.write_bytes(b"no header")
+    page = open_page()
+    choose_lora(page, 0, "alpha")
+    page.locator("#lora-0 .lora-head input:not([type=checkbox])").click()
+    page.get_by_role("option", name="broken").click()
+    page.locator("#words-0 .fault", has_text="broken.safetensors").wait_for()
+    assert "trigger words" not in page.locator("#words-0").inner_text()
+    broken.unlink()
 
 
 def test_an_error_is_one_line_and_the_page_goes_on(open_page: Open) -> None:

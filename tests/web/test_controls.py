@@ -7,9 +7,10 @@ import pytest
 
 from sdlora.formats.architectures import sd1, sdxl, toybox
 from sdlora.formats.block_weights import PRESETS, read_factors
+from sdlora.generation.job import Job
 from sdlora.generation.render import Progress
 from sdlora.mixing.plan import LoraWeight
-from sdlora.web import blocks, equalise, outcome, row, timing
+from sdlora.web import blocks, markup, outcome, row, timing
 
 
 def test_sliders_stand_at_the_mean_of_their_blocks() -> None:
@@ -46,18 +47,17 @@ def test_schedule_sliders_show_windows(text: str, ends: tuple[float, float]) -> 
     assert timing.shown(text) == ends
 
 
+def test_a_lora_is_called_by_its_name_and_all_of_it() -> None:
+    job = Job(prompt="a cat", loras=(LoraWeight(path="loras/style-v1.5"), LoraWeight(path="zib.v2.safetensors")))
+    assert markup.caption(job) == "seed 0 · style-v1.5 1 · zib.v2 1"
+    assert "style-v1.5 1; zib.v2 1" in markup.settings(job, "")
+
+
 def test_the_bar_counts_all_pictures_of_a_batch() -> None:
     assert 'aria-valuenow="25"' in outcome.bar(Progress(0, 5, 10, together=6), 12)
     assert "pictures 7 to 12 of 12, step 5 of 10" in outcome.bar(Progress(6, 5, 10, together=6), 12)
     assert 'aria-valuenow="75"' in outcome.bar(Progress(6, 5, 10, together=6), 12)
     assert "picture 2 of 2, step 1 of 4" in outcome.bar(Progress(1, 1, 4), 2)
-
-
-def test_equalised_weights_keep_the_mean_and_stay_on_the_sliders() -> None:
-    assert equalise.shared_out((2.0, 0.5), [0.8, 0.8]) == [1.6, 0.4]
-    assert equalise.shared_out((2.0, 0.5), [0.4, -1.6]) == [1.6, 0.4]
-    assert equalise.shared_out((1.5, 1.5), [0.0, 1.0]) == [1.5, 1.5]
-    assert equalise.shared_out((8.0, 0.125), [1.0, 1.0]) == [2.0, 0.03]
 
 
 @pytest.fixture(scope="module")

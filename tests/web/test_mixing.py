@@ -6,13 +6,7 @@ from PIL import Image
 
 from sdlora.mixing.plan import LoraWeight
 from sdlora.mixing.schedule import parse_schedule, window
-from tests.web.pages import Open, choose_lora, file_shown, generate, job_shown, set_number
-
-
-def unfold(page: Any, where: str) -> None:
-    """Open a fold, and wait until the page is idle: what is typed while gradio still builds what is in it, is lost."""
-    page.locator(f"{where} .label-wrap").first.click()
-    page.evaluate("() => new Promise(done => requestIdleCallback(() => requestIdleCallback(done)))")
+from tests.web.pages import Open, choose_lora, file_shown, generate, job_shown, set_number, unfold
 
 
 def write(page: Any, where: str, text: str) -> None:

@@ -1,12 +1,16 @@
-"""Errors as the app shows them: the same one line that the command line prints."""
+"""How the page's events run: unseen, and with errors as the one line that the command line prints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import gradio as gr
 
 from sdlora.errors import SdloraError
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}  # for what comes in quick succession
 
 
 @contextmanager
