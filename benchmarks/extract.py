@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sdlora.formats.architectures import sdxl
 from sdlora.formats.checkpoints import open_checkpoint
 from sdlora.lowrank.truncation import Keep
-from sdlora.workbench.extract import extract
+from sdlora.workbench.extract import Recipe, extract
 
 
 def model(folder: Path, seed: int) -> Path:
@@ -53,7 +53,7 @@ def main() -> None:
         base, tuned = map(open_checkpoint, places)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         began, modules = time.perf_counter(), 0
-        for step in extract(base, tuned, Keep(rank=flags.rank), components=flags.component):
+        for step in extract(base, tuned, Recipe(Keep(rank=flags.rank), components=flags.component)):
             modules = step.total
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

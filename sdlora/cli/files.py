@@ -95,19 +95,10 @@ def convert(file: Lora, *, flags: Annotated[ConvertFlags, Parameter(name="*")] =
         raise SdloraError("--rank is for --to-lora; give both, or use `sdlora resize`")
     from sdlora.lowrank.truncation import Keep
     from sdlora.workbench import convert as workbench
-    from sdlora.workbench.output import refuse_place
 
-    refuse_place(output, flags.naming, flags.overwrite)
-    base = model_of(flags.base)
+    dtype, keep = _dtype(flags.dtype), Keep(rank=flags.rank) if flags.to_lora else None
     work = workbench.convert(
-        file,
-        output,
-        flags.naming,
-        _dtype(flags.dtype),
-        Keep(rank=flags.rank) if flags.to_lora else None,
-        base.tensor if base else None,
-        base.architecture if base else None,
-        flags.partial,
+        file, output, flags.naming, dtype, keep, model_of(flags.base), flags.overwrite, flags.partial
     )
     _done(output, driven(work))
 
@@ -198,16 +189,14 @@ def extract(tuned: Model, *, flags: Annotated[ExtractFlags, Parameter(name="*")]
     output = _output(flags.output)
     if flags.base is None:
         raise SdloraError("no base is given; name the model that the other was tuned from with --base")
-    from sdlora.formats.write import write
-    from sdlora.workbench import extract as workbench
-    from sdlora.workbench.output import Written, refuse_place
+    from sdlora.workbench.extract import Recipe, extract_file
+    from sdlora.workbench.output import Written
 
-    refuse_place(output, flags.naming, flags.overwrite)
     keep, dtype = _keep(flags.rank, flags.ratio, flags.frobenius, flags.cumulative), _dtype(flags.dtype)
     base, other = model_of(flags.base), model_of(tuned)
     assert base and other and keep and dtype
-    found = driven(workbench.extract(base, other, keep, flags.clamp, flags.component, flags.whole, dtype))
-    write(found.adapter, output, flags.naming, dtype, flags.overwrite)
+    recipe = Recipe(keep, flags.clamp, flags.component, flags.whole, dtype)
+    found = driven(extract_file(base, other, output, recipe, flags.naming, flags.overwrite))
     _done(output, Written((), found.kept))
     for what, names in (("differ and were not taken", found.left), ("are in one model only", found.absent)):
         if names:
@@ -240,7 +229,13 @@ def merge(*loras: Loras, flags: Annotated[MergeFlags, Parameter(name="*")] = Mer
     parts = with_blocks([parse_part(text) for text in loras], flags.block or ())
     opened = open_parts(parts, base, flags.partial)
     parents = [
-        workbench.Parent(one.adapter, one.weights.of(list(one.adapter.deltas)), one.part.path.name, one.receipt.sha256)
+        workbench.Parent(
+            one.adapter,
+            one.weights.of(list(one.adapter.deltas)),
+            str(one.part.path),
+            one.receipt.sha256,
+            one.receipt.content,
+        )
         for one in opened
     ]
     done = driven(workbench.merge(base, parents, output, _dtype(flags.dtype), flags.overwrite))

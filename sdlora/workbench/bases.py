@@ -35,7 +35,7 @@ def base_of(delta: Delta, parameter: str, base: Checkpoint | None) -> Tensor | N
         return None
     if base is None or parameter not in base.parameters:
         how = "; give that model" if base is None else f", and {base.path} has none there; give the one it was made for"
-        raise SdloraError(f"{delta.name} depends on the weights of the base model{how}")
+        raise SdloraError(f"{delta.name} depends on the base model's weights{how}")
     return base.tensor(parameter).float()
 
 

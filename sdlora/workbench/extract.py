@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,14 +12,30 @@ from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import ENDS
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.metadata import base_keys
+from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Delta, Full, LowRank
 from sdlora.lowrank.laws.delta import matches, times
 from sdlora.lowrank.truncation import Keep, Kept, decompose
 from sdlora.workbench.abreast import abreast
-from sdlora.workbench.output import Step
+from sdlora.workbench.output import Step, refuse_place
 
 RECORD = "sdlora.extracted"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to extract.
+
+    keep: the ranks. clamp: see `decompose`. components: all that both models have, if not given. whole: biases and
+    norms too, which have no low rank, as whole differences. dtype: of the factors.
+    """
+
+    keep: Keep
+    clamp: float | None = None
+    components: Sequence[str] | None = None
+    whole: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,33 +54,33 @@ class Extracted:
     absent: tuple[str, ...]
 
 
-def extract(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    keep: Keep,
-    clamp: float | None = None,
-    components: Sequence[str] | None = None,
-    whole: bool = False,
-    dtype: torch.dtype = torch.float32,
+def extract_file(
+    base: Checkpoint, tuned: Checkpoint, output: Path, recipe: Recipe, naming: str = "kohya", overwrite: bool = False
 ) -> Generator[Step, None, Extracted]:
+    """`extract` into a file; SdloraError also where the output is in the way."""
+    refuse_place(output, naming, overwrite)
+    found = yield from extract(base, tuned, recipe)
+    write(found.adapter, output, naming, recipe.dtype, overwrite)
+    return found
+
+
+def extract(base: Checkpoint, tuned: Checkpoint, recipe: Recipe) -> Generator[Step, None, Extracted]:
     """A LoRA of W_tuned - W_base in each Linear and Conv2d; yields after each.
 
-    A few modules are held at a time, beside what was extracted; how much that is lies with `keep` and `dtype`, that of
-    the factors. clamp: see `decompose`. components: all that both models have, if not given. whole: take biases and
-    norms too, which have no low rank, as whole differences. Where the models are stored in two dtypes, a difference
-    that rounding alone can make is none.
+    A few modules are held at a time, beside what was extracted; how much that is lies with the ranks and the dtype.
+    Where the models are stored in two dtypes, a difference that rounding alone can make is none.
 
     SdloraError: models of two architectures, a component that is not there, values that are not finite, or nothing
     that differs.
     """
-    chosen = _components(base, tuned, components)
+    chosen = _components(base, tuned, recipe.components)
     modules = _modules(base, tuned, chosen)
     deltas: dict[str, Delta] = {}
     kept: dict[str, Kept] = {}
 
     def work(path: str) -> tuple[LowRank, Kept] | None:
         change = _change(base, tuned, path)
-        return None if change is None else decompose(change, keep, clamp, dtype)
+        return None if change is None else decompose(change, recipe.keep, recipe.clamp, recipe.dtype)
 
     for done, (path, found) in enumerate(abreast(work, modules), 1):
         if found is not None:
@@ -71,14 +88,14 @@ def extract(
         yield Step(done, len(modules), path, kept.get(path))
     left = []
     for path, change in _other_changes(base, tuned, chosen, set(modules)):
-        if whole and change is not None and ".embeddings." not in path:
-            deltas[path] = Full(change.to(dtype))
+        if recipe.whole and change is not None and ".embeddings." not in path:
+            deltas[path] = Full(change.to(recipe.dtype))
         else:
             left.append(path)
     if not deltas:
         also = f"; what differs is in {left[0]} and has no low rank" if left else ""
         raise SdloraError(f"nothing to extract: {tuned.path} and {base.path} have the same modules{also}")
-    told = {"base": base.path.name, "tuned": tuned.path.name, "clamp": clamp}
+    told = {"base": base.path.name, "tuned": tuned.path.name, "clamp": recipe.clamp}
     metadata = base_keys(base.architecture.name) | {RECORD: json.dumps(told, ensure_ascii=False)}
     adapter = Adapter(deltas, metadata)
     unchanged = tuple(path for path in modules if path not in kept)

@@ -7,7 +7,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,9 +22,8 @@ from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.laws.delta import times
 from sdlora.lowrank.merged import Terms
 from sdlora.lowrank.merged import merge as merge_into
-from sdlora.workbench.output import lasting
+from sdlora.workbench.output import Step, lasting
 
-Weights = float | Mapping[str, float]
 # Asked for by torch's dtype: as headers call it.
 WRITTEN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 WEIGHT_FILES = (".safetensors", ".msgpack", ".h5", ".onnx", *PICKLES)
@@ -37,13 +35,15 @@ class Parent:
     """An adapter to merge.
 
     weights: one for all its parameters, or each one's by its path (as `Weights.of` of sdlora.lowrank.blend gives them).
-    name and sha256, of its file, go into the metadata of what is made.
+    name: the path of its file, or what else it goes by; its last part goes into the metadata of what is made, and so
+    does sha256, of the file. content: a hash of all that counts of it, as a receipt's.
     """
 
     adapter: Adapter
-    weights: Weights = 1.0
+    weights: float | Mapping[str, float] = 1.0
     name: str = "LoRA"
     sha256: str = ""
+    content: str = ""
 
     def by_path(self) -> dict[str, float]:
         """The weight of each parameter; SdloraError where one is no finite number."""
@@ -53,14 +53,6 @@ class Parent:
         if odd is not None:
             raise SdloraError(f"{self.name}: the weight {odd} is no finite number")
         return weights
-
-
-class Progress(NamedTuple):
-    """done of total tensors are written, `key` is the last."""
-
-    done: int
-    total: int
-    key: str
 
 
 @dataclass(frozen=True)
@@ -88,10 +80,10 @@ def merge(
     output: Path | str,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-) -> Generator[Progress, None, Merged]:
+) -> Generator[Step, None, Merged]:
     """Write the base with W = W0 + sum(weight * delta(W0)) in each touched parameter; yields after each tensor.
 
-    Computed in float32, in order of the parents' hashes and names, as the mixer does, and rounded once: to the base's
+    Computed in float32, in order of the parents' contents and names, as the mixer does, and rounded once: to the base's
     dtype, or to `dtype`, which then holds for the whole UNet and the text encoders. Everything else is carried over to
     the bit.
     A folder becomes a folder, a single file a single file; `overwrite` lets it replace a file that is there.
@@ -103,7 +95,7 @@ def merge(
     _refuse_place(base, output, overwrite)
     if dtype is not None and dtype not in WRITTEN:
         raise SdloraError(f"models are written in {', '.join(str(one)[6:] for one in WRITTEN)}, not in {dtype}")
-    touched = _touched(base, sorted(parents, key=lambda parent: (parent.sha256, parent.name)))
+    touched = _touched(base, sorted(parents, key=lambda parent: (parent.content, parent.name)))
     files = [file for file in base.files if dtype is not None or any(file == changed for changed, _ in touched)]
     total = sum(len(base.files[file].tensors) for file in files)
     done = 0
@@ -117,7 +109,7 @@ def merge(
                 target = partial if base.single else partial / file.relative_to(base.path)
                 for key in _rewrite(base, file, target, touched, parents, dtype):
                     done += 1
-                    yield Progress(done, total, key)
+                    yield Step(done, total, key)
             if dtype is not None and not base.single:
                 _correct_sizes(partial)
     except OSError as error:
@@ -245,7 +237,7 @@ def _metadata(file: Path, parents: Sequence[Parent]) -> dict[str, str]:
         earlier = list(json.loads(told.get(RECORD, "[]")))
     except (ValueError, TypeError, RecursionError):
         earlier = []
-    record = [{"name": one.name, "sha256": one.sha256, "weights": _told(one)} for one in parents]
+    record = [{"name": Path(one.name).name, "sha256": one.sha256, "weights": _told(one)} for one in parents]
     return {"format": "pt", **told, RECORD: json.dumps([*earlier, *record], ensure_ascii=False)}
 
 

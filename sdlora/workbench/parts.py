@@ -14,7 +14,7 @@ from sdlora.formats.architectures import LABELS, Architecture, known
 from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.read import describe, read
 from sdlora.formats.receipt import Receipt
-from sdlora.formats.sources import SUFFIX
+from sdlora.formats.sources import name_of, split_path
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.blend import Weights
 
@@ -44,12 +44,8 @@ class Opened:
 
 
 def parse_part(text: str) -> Part:
-    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER. Colons may stand in a name that ends in .safetensors."""
-    cut = text.lower().rfind(SUFFIX)
-    name, rest = (text[: cut + len(SUFFIX)], text[cut + len(SUFFIX) :]) if cut >= 0 else (text, "")
-    if cut < 0 and not Path(text).exists():
-        name, colon, rest = text.partition(":")
-        rest = colon + rest
+    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; see `split_path`."""
+    name, rest = split_path(text)
     weights = [_number(text, weight) for weight in rest.split(":")[1:]]
     if len(weights) > 2 or (rest and not rest.startswith(":")):
         raise SdloraError(f"{text} is not understood; write FILE:0.8 or FILE:0.8:0.5 (UNet, text encoder)")
@@ -65,11 +61,11 @@ def with_blocks(parts: Sequence[Part], blocks: Sequence[str]) -> list[Part]:
         pattern, _, factor = told.rpartition(":")
         if not (name and pattern):
             raise SdloraError(f"the factor {text} is not understood; write FILE=unet.down_blocks.*:0.5")
-        names = [{str(part.path), part.path.name, part.path.stem} for part in parts]
+        names = [{str(part.path), part.path.name, name_of(part.path)} for part in parts]
         meant = [i for i, known_as in enumerate(names) if name in known_as]
         if len(meant) != 1:
             why = f"names {len(meant)} of the files" if meant else "names none of the files"
-            raise SdloraError(f"the factor {text} {why}{nearest(name, [part.path.stem for part in parts])}")
+            raise SdloraError(f"the factor {text} {why}{nearest(name, [name_of(part.path) for part in parts])}")
         part = found[meant[0]]
         found[meant[0]] = replace(part, blocks={**part.blocks, pattern: _number(text, factor)})
     return found

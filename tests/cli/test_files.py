@@ -1,6 +1,7 @@
 """The verbs over files, each once from end to end: what they write is read again and held against float64 sums."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ from sdlora.cli import main
 from sdlora.formats.checkpoints import open_checkpoint
 from sdlora.formats.names import kohya
 from sdlora.formats.read import read
+from sdlora.formats.write import write
+from sdlora.lowrank.adapter import Adapter
+from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.plan import LoraWeight, Plan
+from sdlora.models.families import components_of
+from sdlora.models.load import load_pipeline
+from tests.conftest import random_adapter
+from tests.tiny import tiny_folder
 
 KEY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 MIDDLE = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -129,6 +138,14 @@ def test_convert_keeps_the_numbers_and_the_metadata(pair, tmp_path: Path) -> Non
     assert close(change(tmp_path / "C.safetensors", KEY), pair[0][KEY]) and receipt.base_model == "v1-5"
 
 
+@pytest.mark.parametrize("verb", ["convert A.safetensors", "resize A.safetensors --rank 1", "blend A.safetensors"])
+def test_a_folder_with_other_things_is_replaced_if_asked(pair, verb: str) -> None:
+    Path("new").mkdir()
+    Path("new/notes.txt").write_text("mine")
+    main([*verb.split(), "-o", "new", "--naming", "peft", "--overwrite"])
+    assert sorted(path.name for path in Path("new").iterdir()) == ["text_encoder", "unet"]
+
+
 def test_blend_adds_with_weights_of_components_and_blocks(
     pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +194,47 @@ def test_what_is_merged_is_extracted_again(tmp_path: Path, capsys: pytest.Captur
     assert list(adapter.deltas) == [module]
     assert close(adapter.deltas[module].weight(torch.zeros(out, into)).double(), 0.5 * up.double() @ down.double())
     assert "1 parameters changed" in capsys.readouterr().out
+
+
+def twins(folder: Path, adapter: Adapter, model: Path) -> list[str]:
+    """Two PEFT folders with the same weights and other alphas; in the order of their names the larger content leads."""
+    unet = Adapter({path: delta for path, delta in adapter.deltas.items() if path.startswith("unet.")})
+    write(unet, folder / "one", "peft")
+    shutil.copytree(folder / "one", folder / "other")
+    config = folder / "other/unet/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 3.0}))
+    architecture = open_checkpoint(model).architecture
+    contents = {path: read(path, architecture)[1].content for path in (folder / "one", folder / "other")}
+    smaller, larger = sorted(contents, key=contents.__getitem__)
+    return [str(larger.rename(folder / "a")), str(smaller.rename(folder / "b"))]
+
+
+def copies(folder: Path, adapter: Adapter) -> list[str]:
+    """One file twice; the names alone have another order than the whole paths."""
+    files = [folder / "a/b.safetensors", folder / "b/a.safetensors"]
+    for file in files:
+        file.parent.mkdir()
+    write(adapter, files[0])
+    return [str(files[0]), str(shutil.copy(*files))]
+
+
+@pytest.mark.parametrize("alike", ["weights", "files"])
+def test_a_merge_adds_in_the_mixer_s_order_to_the_bit(
+    alike: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_folder(tmp_path / "tiny", "sd1")
+    pipeline = load_pipeline("tiny")
+    adapter = random_adapter(components_of(pipeline), 1)
+    files = twins(tmp_path, adapter, model) if alike == "weights" else copies(tmp_path, adapter)
+    weights = dict(zip(files, (0.7, -0.43), strict=True))
+    main(["merge", *(f"{file}:{weight}" for file, weight in weights.items()), "--base", "tiny", "-o", "merged"])
+    loras = [LoraWeight(path=file, unet=weight, text_encoder=weight) for file, weight in weights.items()]
+    Mixer(pipeline).hold(Plan("", tuple(loras)))
+    again = components_of(load_pipeline("merged"))
+    for component, module in components_of(pipeline).items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(again[component].state_dict()[key], tensor), f"{component} {key}"
 
 
 @pytest.fixture

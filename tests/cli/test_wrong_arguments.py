@@ -107,6 +107,7 @@ WRONG = {
     "resize lora.safetensors -o new.safetensors --frobenius 2": ["frobenius", "2"],
     "extract tiny -o new.safetensors": ["--base"],
     "extract tiny --base tiny -o new.safetensors": ["nothing to extract"],
+    "extract tiny --base tiny -o lora.safetensors": ["lora.safetensors", "overwrite"],
     "extract tiny --base tiny -o new.safetensors --component unett": ["unett", "unet"],
     "extract tiny --base toybox -o new.safetensors": ["two kinds"],
     "extract hollow --base tiny -o new.safetensors": ["hollow", "model_index.json"],

@@ -4,14 +4,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sdlora import toybox
 from sdlora.errors import SdloraError
 from sdlora.formats.architectures import sd1
+from sdlora.formats.checkpoints import open_checkpoint
 from sdlora.formats.read import read
 from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Full, Kronecker, LowRank
 from sdlora.lowrank.truncation import Keep
-from sdlora.workbench.convert import SOURCE, SOURCE_HASH, convert
+from sdlora.workbench.convert import SOURCE, SOURCE_HASH, convert, plain
 from sdlora.workbench.output import Written
 
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -77,16 +79,22 @@ def test_a_law_becomes_plain_lora_on_request_with_its_error(tmp_path):
 
 
 def test_a_law_that_depends_on_the_base_asks_for_it(tmp_path):
-    old, new = source(tmp_path, {QUERY: IA3(draw(320), on_input=False)}), tmp_path / "new.safetensors"
+    old, new = source(tmp_path, {QUERY: IA3(draw(320), on_input=False)}), tmp_path / "new"
     with pytest.raises(SdloraError, match=r"to_q: ia3 depends on the base model's weights"):
         converted(old, new, "peft", to_lora=Keep())
-    with pytest.raises(SdloraError, match="the base model has no such weight"):
-        converted(old, tmp_path / "new", "peft", to_lora=Keep(), base={}.__getitem__)
-    base = draw(320, 320)
-    converted(old, tmp_path / "new", "peft", to_lora=Keep(), base={QUERY: base}.__getitem__)
-    plain, _ = read(tmp_path / "new", sd1())
-    wanted = base * draw(320)[:, None]
-    assert (plain.deltas[QUERY].weight(base) - wanted).abs().max() <= 1e-6
+    toy = open_checkpoint(toybox.path())
+    with pytest.raises(SdloraError, match=r"down_blocks\.2.*to_q: ia3 depends on .*toybox.* has none there"):
+        list(
+            plain(
+                Adapter({QUERY.replace("down_blocks.0", "down_blocks.2"): IA3(draw(1280), False)}), sd1(), Keep(), toy
+            )
+        )
+    base = toy.tensor(QUERY).float()
+    old = source(tmp_path, {QUERY: IA3(draw(len(base)), on_input=False)})
+    converted(old, new, "peft", to_lora=Keep(), base=toy)
+    change, _ = read(new, toy.architecture)
+    wanted = base * draw(len(base))[:, None]
+    assert (change.deltas[QUERY].weight(base) - wanted).abs().max() <= 1e-6
 
 
 def test_norms_are_refused_where_they_have_no_name(tmp_path):
@@ -99,7 +107,7 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
     old = tmp_path / "old.safetensors"
     write(Adapter({KEY: LORA}), old, dtype=torch.bfloat16)
     for dtype, wanted in ((None, torch.bfloat16), (torch.float16, torch.float16)):
-        converted(old, tmp_path / "new.safetensors", "comfyui", dtype)
+        converted(old, tmp_path / "new.safetensors", "comfyui", dtype, overwrite=True)
         with safe_open(tmp_path / "new.safetensors", "pt") as file:
             held = {key: file.get_tensor(key).dtype for key in file.keys()}
         assert {key.endswith(".alpha"): dtype for key, dtype in held.items()} == {True: torch.float32, False: wanted}
@@ -107,7 +115,20 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(tmp_path):
 
 def test_a_file_can_be_converted_in_its_place(tmp_path):
     old = source(tmp_path, {KEY: LORA})
-    converted(old, old, "diffusers")
+    with pytest.raises(SdloraError, match="there already"):
+        converted(old, old, "diffusers")
+    converted(old, old, "diffusers", overwrite=True)
     again = read(old)[0].deltas[KEY]
     assert torch.equal(again.weight(torch.zeros(320, 768)), LORA.weight(torch.zeros(320, 768)))
     assert [file.name for file in tmp_path.iterdir()] == ["old.safetensors"]
+
+
+def test_a_folder_with_other_things_is_replaced_only_if_asked(tmp_path):
+    old, new = source(tmp_path, {KEY: LORA}), tmp_path / "new"
+    new.mkdir()
+    (new / "notes.txt").write_text("mine")
+    with pytest.raises(SdloraError, match="there already"):
+        converted(old, new, "peft")
+    assert (new / "notes.txt").read_text() == "mine"
+    converted(old, new, "peft", overwrite=True)
+    assert read(new)[0].deltas.keys() == {KEY} and not (new / "notes.txt").exists()

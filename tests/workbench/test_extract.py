@@ -15,7 +15,7 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import Full
 from sdlora.lowrank.truncation import Keep, decompose
 from sdlora.models.families import components_of
-from sdlora.workbench.extract import Extracted, extract
+from sdlora.workbench.extract import Extracted, Recipe, extract
 from sdlora.workbench.merge import Parent
 from tests.conftest import random_adapter
 from tests.originals import original
@@ -28,7 +28,7 @@ ENCODER = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 
 def extracted(base: Path, tuned: Path, keep: Keep = Keep(rank=4), **flags) -> Extracted:  # noqa: B008
     """Run an extraction to its end; its progress names each module."""
-    work = extract(open_checkpoint(base), open_checkpoint(tuned), keep, **flags)
+    work = extract(open_checkpoint(base), open_checkpoint(tuned), Recipe(keep, **flags))
     seen = []
     while True:
         try:
@@ -157,7 +157,7 @@ def test_an_inpainting_model_gives_what_its_parent_has_too(tmp_path):
 def test_an_extraction_that_is_left_early_leaves_no_thread_and_torch_as_it_was(tmp_path):
     base, tuned = tiny_folder(tmp_path / "a", seed=0), tiny_folder(tmp_path / "b", seed=1)
     threads, running = torch.get_num_threads(), threading.active_count()
-    work = extract(open_checkpoint(base), open_checkpoint(tuned), Keep(rank=4))
+    work = extract(open_checkpoint(base), open_checkpoint(tuned), Recipe(Keep(rank=4)))
     next(work)
     work.close()
     assert threading.active_count() == running

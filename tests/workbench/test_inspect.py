@@ -41,5 +41,5 @@ def test_a_law_that_needs_the_base_is_named_where_there_is_none(tmp_path: Path) 
     save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"})
     found = inspect(tmp_path / "a.safetensors")
     assert found.norms == pytest.approx({second: 640.0})
-    assert list(found.unmeasured) == [first] and "depends on the weights of the base model" in found.unmeasured[first]
+    assert list(found.unmeasured) == [first] and "depends on the base model's weights" in found.unmeasured[first]
     assert inspect(tmp_path / "a.safetensors", header_only=True).unmeasured == {}

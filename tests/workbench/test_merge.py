@@ -97,7 +97,10 @@ def test_single_files_hold_the_sum_of_float64_rounded_once(tmp_path, kind, dtype
 def test_a_merged_folder_is_what_the_mixer_makes_to_the_bit_and_loads_in_diffusers(tmp_path, kind):
     base = tiny_folder(tmp_path / "a", kind)
     first, second = adapters(kind)
-    parents = [Parent(second, -0.4, "second", content_of(second)), Parent(first, 0.7, "first", content_of(first))]
+    parents = [
+        Parent(one, weight, name, content=content_of(one))
+        for one, weight, name in ((second, -0.4, "second"), (first, 0.7, "first"))
+    ]
     merged(base, parents, tmp_path / "b")
     mixed = tiny_pipeline(kind)
     mixer = Mixer(mixed)
@@ -149,7 +152,7 @@ def test_the_metadata_is_kept_and_names_the_parents(tmp_path):
     base = single_file(tmp_path / "a.safetensors", "sd1")
     first, second = adapters("sd1", suffix="to_q")
     weights = {path: 0.5 if ".mid_block." in path else 1.0 for path in second.deltas}
-    merged(base, [Parent(first, 0.3, "one.safetensors", "ab12")], tmp_path / "b.safetensors")
+    merged(base, [Parent(first, 0.3, "folder/one.safetensors", "ab12")], tmp_path / "b.safetensors")
     merged(tmp_path / "b.safetensors", [Parent(second, weights, "two.safetensors")], tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", "pt") as opened:
         metadata = opened.metadata()

@@ -6,7 +6,7 @@ import pytest
 
 from sdlora.errors import SdloraError
 from sdlora.formats.receipt import Receipt
-from sdlora.workbench.parts import shared_architecture
+from sdlora.workbench.parts import Part, parse_part, shared_architecture, with_blocks
 
 
 def receipts(*made_for: str) -> list[Receipt]:
@@ -37,3 +37,15 @@ def test_three_that_share_something_two_by_two_only_are_refused_even_if_a_fourth
         SdloraError, match=r"1\.safetensors is for SD 2\.x or SDXL and 2\.safetensors is for SDXL or SD 1\.x"
     ):
         shared_architecture(receipts("sd1 sd2", "sd2 sdxl", "sdxl sd1", ""))
+
+
+def test_names_may_hold_dots_and_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a:b-v1.5").mkdir()
+    part = parse_part("a:b-v1.5:0.5:0.25")
+    assert part == Part(Path("a:b-v1.5"), 0.5, 0.25)
+    assert parse_part("a:b.safetensors:2") == Part(Path("a:b.safetensors"), 2.0, 2.0)
+    (weighed,) = with_blocks([part], ["a:b-v1.5=unet.*:0.5"])
+    assert weighed.blocks == {"unet.*": 0.5}
+    with pytest.raises(SdloraError, match=r"nearest: a:b-v1\.5"):
+        with_blocks([part], ["a:b-v1=unet.*:0.5"])
