@@ -1,6 +1,7 @@
 """The verbs that make LoRAs and pictures: train, generate, app and demo."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -9,6 +10,8 @@ from cyclopts import Parameter
 
 from sdlora.cli.flags import Whole, flag, whole
 from sdlora.errors import SdloraError
+from sdlora.formats.block_weights import blocks_of, presets_in
+from sdlora.formats.sources import name_of
 from sdlora.generation.job import SCHEDULERS, Job, parse_lora, parse_size
 from sdlora.training.config import TrainConfig, load
 
@@ -72,14 +75,14 @@ class GenerateFlags:
     count: Whole = flag(1, "number of pictures")
     output: Path = flag(Path("outputs/pictures"), "folder for the pictures")
 
-    def job(self) -> Job:
-        """The job that the flags describe."""
+    def job(self, presets: Mapping[str, str]) -> Job:
+        """The job that the flags describe. presets: of block weights, by name."""
         width, height = parse_size(self.size) if self.size is not None else (None, None)
         return Job(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             model=self.model,
-            loras=tuple(map(parse_lora, self.lora or ())),
+            loras=tuple(parse_lora(text, presets) for text in self.lora or ()),
             compose=self.compose,
             switch_every=self.switch_every,
             partial=self.partial,
@@ -117,7 +120,9 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     """Make pictures from a prompt and any mix of LoRAs. The PNGs carry all settings."""
-    job = flags.job()
+    library = _library(flags.library)
+    presets = presets_in(library)
+    job = flags.job(presets)
     from tqdm import tqdm
 
     from sdlora.generation.open import open_mixer
@@ -127,7 +132,7 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     from sdlora.generation.sheet import compared
 
     check_folder(flags.output)
-    job = resolved(job, names_of(_library(flags.library)))
+    job = resolved(job, names_of(library), presets)
     jobs = flags.cells(job)
     mixer = open_mixer(job.model)
     hold(mixer, jobs[:1])
@@ -158,17 +163,16 @@ def _library(folders: list[str] | None) -> list[Path]:
 
 
 def _tell_loras(mixer: Any, job: Job) -> None:
-    """What of each LoRA is applied, and which of its settings do nothing."""
-    from sdlora.formats.block_weights import absent, blocks_of
+    """What of each LoRA is applied, which of its blocks are off, and which of its settings do nothing."""
+    from sdlora.generation.notes import left_out
 
-    there = blocks_of(mixer.architecture)
+    notes = left_out(mixer, job)
     for lora in job.loras:
         print(mixer.receipt(lora.path).summary())
-        off = ", ".join(block for block, factor in lora.blocks if not factor and block in there)
-        missing = ", ".join(absent(tuple(pair for pair in lora.blocks if pair[1]), mixer.architecture))
-        notes = {off: f"{off} switched off", missing: f"the model has no {missing}, whose factors do nothing"}
-        for note in (note for blocks, note in notes.items() if blocks):
-            print(f"note: {lora.path}: {note}", file=sys.stderr)
+        off = [block for block, factor in lora.blocks if not factor and block in blocks_of(mixer.architecture)]
+        notes += [f"{name_of(Path(lora.path))}: {', '.join(off)} switched off"] if off else []
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

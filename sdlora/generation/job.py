@@ -2,11 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdlora.errors import SdloraError, nearest
-from sdlora.formats.block_weights import read_factors
+from sdlora.formats.block_weights import PRESETS, read_factors
 from sdlora.formats.sources import split_path
 from sdlora.mixing.plan import LoraWeight, Plan
 from sdlora.mixing.schedule import parse_schedule
@@ -98,10 +99,10 @@ def parse_size(text: str) -> tuple[int, int]:
 NAMED = ("unet", "te", "te2", "blocks", "schedule")
 
 
-def parse_lora(text: str) -> LoraWeight:
+def parse_lora(text: str, presets: Mapping[str, str] = PRESETS) -> LoraWeight:
     """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that, in any order, unet=, te=, te2=, blocks=, schedule=.
 
-    Colons may stand in the name of a file, which ends in .safetensors, or of a folder.
+    Colons may stand in the name of a file, which ends in .safetensors, or of a folder. presets: those of blocks=.
     """
     path, rest = split_path(text)
     bare, *named = re.split(r":(?=[a-z_0-9]+=)", rest)
@@ -111,13 +112,13 @@ def parse_lora(text: str) -> LoraWeight:
     unet = values[0] if values else 1.0
     settings: dict[str, Any] = {"unet": unet, "text_encoder": values[1] if len(values) > 1 else unet}
     for name, _, value in (one.partition("=") for one in named):
-        settings |= _setting(text, name, value)
+        settings |= _setting(text, name, value, presets)
     return LoraWeight(path=path, **settings)
 
 
-def _setting(text: str, name: str, value: str) -> dict[str, Any]:
+def _setting(text: str, name: str, value: str, presets: Mapping[str, str]) -> dict[str, Any]:
     if name == "blocks":
-        return {name: read_factors(value)}
+        return {name: read_factors(value, presets)}
     if name == "schedule":
         return {name: parse_schedule(value)}
     if name not in NAMED:

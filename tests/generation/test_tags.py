@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.errors import SdloraError
-from sdlora.formats.block_weights import BLOCKS
+from sdlora.formats.block_weights import BLOCKS, PRESETS, read_factors
 from sdlora.generation.job import Job
 from sdlora.generation.prompts.tags import lora_weights, names_of, resolved, tag_of, take_tags
 from sdlora.mixing.plan import LoraWeight
@@ -113,7 +113,7 @@ def test_steps_are_counted_as_the_block_weight_extension_counts_them(when: str, 
     ("tag", "message"),
     [
         ("<lora:Stile v1.5>", r"no LoRA 'Stile v1.5' \(nearest: Style v1.5"),
-        ("<lora:STYLE V1.6>", r"no LoRA 'STYLE V1.6' \(nearest: Style v1.5"),
+        ("<lora:STYLE V2.5>", r"no LoRA 'STYLE V2.5' \(nearest: Style v1.5, STYLE V1.6"),
         ("<lora:>", "names no LoRA"),
         ("<lora: :1>", "names no LoRA"),
         ("<lora:a:1", "does not end"),
@@ -152,6 +152,16 @@ def test_capitals_that_tell_two_names_apart_are_asked_for():
     assert exact.path == "2"
     with pytest.raises(SdloraError, match="may be ONE or One"):
         lora_weights(take_tags("<lora:one>")[1], library, 20)
+
+
+def test_presets_of_ones_own_stand_in_tags():
+    presets = {**PRESETS, "MINE": "0.5" + ",1" * 11}
+    for tag in ("<lora:a:lbw=MINE>", "<lora:a:1:MINE>"):
+        (lora,) = lora_weights(take_tags(tag)[1], LIBRARY, 20, presets)
+        assert lora.blocks == read_factors(presets["MINE"])
+        assert resolved(Job(prompt=tag), LIBRARY, presets).loras == (lora,)
+    with pytest.raises(SdloraError, match=r"no preset .* 'MIEN' \(nearest: MINE"):
+        lora_weights(take_tags("<lora:a:lbw=MIEN>")[1], LIBRARY, 20, presets)
 
 
 # Jobs

@@ -124,18 +124,22 @@ def _value(argument: re.Match[str]) -> str:
 # What tags mean
 
 
-def lora_weights(tags: Iterable[Tag], library: Mapping[str, Path], steps: int) -> tuple[LoraWeight, ...]:
+def lora_weights(
+    tags: Iterable[Tag], library: Mapping[str, Path], steps: int, presets: Mapping[str, str] = PRESETS
+) -> tuple[LoraWeight, ...]:
     """What tags ask for, as a plan takes it. library: files by name, see `names_of`; steps: of the denoising.
+
+    presets: of block weights, those that lbw= names.
 
     Names count as they are written, else in any capitals. One number is both weights; the UNet's is by default that of
     the text encoders, and that is 1. start=A:stop=B applies the LoRA to the UNet in the steps A to B - 1, counted from
     0, as lbw does; step=A-B is the same. SdloraError names the tag, and what is wrong with it.
     """
     find = _finder(library)
-    return tuple(_weight(tag, find(tag), steps) for tag in tags)
+    return tuple(_weight(tag, find(tag), steps, presets) for tag in tags)
 
 
-def resolved(job: Job, library: Mapping[str, Path]) -> Job:
+def resolved(job: Job, library: Mapping[str, Path], presets: Mapping[str, str] = PRESETS) -> Job:
     """The job with the LoRAs of its prompt's tags behind those that it has; a job without tags is as it was."""
     _, misplaced = take_tags(job.negative_prompt)
     if misplaced:
@@ -143,7 +147,7 @@ def resolved(job: Job, library: Mapping[str, Path]) -> Job:
     prompt, tags = take_tags(job.prompt)
     if not tags:
         return job
-    return replace(job, prompt=prompt, loras=(*job.loras, *lora_weights(tags, library, job.steps)))
+    return replace(job, prompt=prompt, loras=(*job.loras, *lora_weights(tags, library, job.steps, presets)))
 
 
 def _finder(library: Mapping[str, Path]) -> Callable[[Tag], Path]:
@@ -163,13 +167,13 @@ def _finder(library: Mapping[str, Path]) -> Callable[[Tag], Path]:
     return find
 
 
-def _weight(tag: Tag, path: Path, steps: int) -> LoraWeight:
+def _weight(tag: Tag, path: Path, steps: int, presets: Mapping[str, str]) -> LoraWeight:
     for word in tag.named:
         if word not in WORDS:
             why = _REFUSED.get(word, f"it is none of {', '.join(WORDS)}{nearest(word, WORDS)}")
             raise SdloraError(f"{tag}: {_short(word)}=: {why}")
     numbers, named = list(tag.numbers), dict(tag.named)
-    if len(numbers) == 2 and "lbw" not in named and ("," in numbers[1] or numbers[1] in PRESETS):
+    if len(numbers) == 2 and "lbw" not in named and ("," in numbers[1] or numbers[1] in presets):
         named["lbw"] = numbers.pop()  # as it was written before A1111 1.5
     if len(numbers) > 2:
         raise SdloraError(f"{tag}: {_short(numbers[2])!r} is one number too many; {_REFUSED['dyn']}")
@@ -179,7 +183,7 @@ def _weight(tag: Tag, path: Path, steps: int) -> LoraWeight:
         unet=_number(tag, named.get("unet", numbers[1] if len(numbers) > 1 else str(text_encoder))),
         text_encoder=text_encoder,
         text_encoder_2=_number(tag, named["te2"]) if "te2" in named else None,
-        blocks=_blocks(tag, named),
+        blocks=_blocks(tag, named, presets),
         schedule=_schedule(tag, named, steps),
     )
 
@@ -194,10 +198,10 @@ def _number(tag: Tag, text: str) -> float:
     return number
 
 
-def _blocks(tag: Tag, named: Mapping[str, str]) -> Factors:
+def _blocks(tag: Tag, named: Mapping[str, str], presets: Mapping[str, str]) -> Factors:
     dynamic = _number(tag, named.get("x", "1"))
     try:
-        return read_factors(named["lbw"].replace("@", ":"), dynamic=dynamic) if "lbw" in named else ()
+        return read_factors(named["lbw"].replace("@", ":"), presets, dynamic) if "lbw" in named else ()
     except SdloraError as error:
         raise SdloraError(f"{tag}: {error}") from None
 
