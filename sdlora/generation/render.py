@@ -1,7 +1,7 @@
 """Rendering: jobs become pictures. Denoising yields each step, so progress and cancelling belong to the caller."""
 
 import inspect
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -75,7 +75,8 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
     but LoRA weights and seeds (a ladder, a grid) are denoised together, each with its own weights: `rows` at a time,
     None for 16 of 512x512 pixels, and more or fewer of other sizes.
     They run whole, one after another: this waits for the mixer's lock, yielding meanwhile, and holds it until it ends
-    or is closed. Closing the iterator cancels within one step.
+    or is closed, in whatever threads. Between two events nobody can change the mix. Closing the iterator cancels within
+    one step.
     """
     mixer.refuse_within()
     for job in jobs:
@@ -84,19 +85,30 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
     while not mixer.lock.acquire(timeout=0.1):
         yield Progress(0, 0, wanted[0].steps)
     try:
-        mixer.rendering, done = True, 0
-        for batch in _batches(wanted, (rows or _room(mixer, jobs[0])) if len(jobs) > 1 else 1):
-            batch, steps = hold(mixer, batch), len(scheduler_for(mixer.pipeline, batch[0]).timesteps)
-            latents: Tensor | None = None
-            for step, latents in enumerate(denoise(mixer, batch), start=1):  # noqa: B007 the last ones are decoded
-                yield Progress(done, step, steps, len(batch))
-            assert latents is not None
-            for one, job in zip(latents, batch, strict=True):
-                yield Picture(decode(mixer.pipeline, one[None]), job)
-            done += len(batch)
+        alone = len(jobs) == 1
+        events = _events(mixer, _batches(wanted, lambda job: 1 if alone else rows or _room(mixer, job)))
+        while True:
+            with mixer.at_work():
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
     finally:
-        mixer.rendering = False
         mixer.lock.release()
+
+
+def _events(mixer: Mixer, batches: Iterable[list[Job]]) -> Iterator[Progress | Picture]:
+    """Of batches, one after another; for whoever holds the mixer's lock."""
+    done = 0
+    for batch in batches:
+        batch, scheduler = hold(mixer, batch), scheduler_for(mixer.pipeline, batch[0])
+        steps, latents = len(scheduler.timesteps), None
+        for step, latents in enumerate(denoise(mixer, batch, scheduler), start=1):  # noqa: B007 the last are decoded
+            yield Progress(done, step, steps, len(batch))
+        assert latents is not None
+        for one, job in zip(latents, batch, strict=True):
+            yield Picture(decode(mixer.pipeline, one[None]), job)
+        done += len(batch)
 
 
 def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
@@ -121,13 +133,16 @@ def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
     ]
 
 
-def denoise(mixer: Mixer, batch: Sequence[Job]) -> Iterator[Tensor]:
+def denoise(mixer: Mixer, batch: Sequence[Job], scheduler: Any = None) -> Iterator[Tensor]:
     """Latents (pictures, channels, height / 8, width / 8) of jobs at hand after each step; the last are the pictures'.
 
+    scheduler: a fresh one of theirs, None to have it made.
     Classifier-free guidance (Ho & Salimans 2022): unconditional + guidance_scale * (conditional - unconditional); the
     parts of a prompt with AND add up what they differ by, each with its weight (Liu et al., arXiv:2206.01714).
     """
-    job, scheduler = batch[0], scheduler_for(mixer.pipeline, batch[0])
+    job = batch[0]
+    if scheduler is None:
+        scheduler = scheduler_for(mixer.pipeline, job)
     calls = len(scheduler.timesteps)  # of the UNet; second-order schedulers make two a step
     told = _told(mixer, batch)
     sung = [voices(job) for job in batch]
@@ -183,12 +198,15 @@ def decode(pipeline: Any, latents: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
 
 
-def _batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
-    """Neighbours that differ in nothing but LoRA weights and seed, `rows` at most; a composite is a batch by itself."""
+def _batches(jobs: Sequence[Job], room: Callable[[Job], int]) -> Iterator[list[Job]]:
+    """Neighbours that differ in nothing but LoRA weights and seed, as many as there is room for pictures of their size.
+
+    A composite is a batch by itself.
+    """
     batch: list[Job] = []
     for job in jobs:
         alike = batch and _frame(job) == _frame(batch[0]) and job.compose != "composite"
-        if batch and not (alike and len(batch) < rows):
+        if batch and not (alike and len(batch) < room(job)):
             yield batch
             batch = []
         batch.append(job)

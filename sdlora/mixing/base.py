@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,15 @@ KINDS = (*WRAPPABLE, nn.GroupNorm, nn.LayerNorm)
 
 
 class Base:
-    """The modules that adapters can change, by path, and what their parameters hold now.
+    """The modules that adapters can change, by path, and what their parameters hold now. It keeps none of them alive.
 
     source: folder or file that the model was loaded from, None where that is not known.
     """
 
     def __init__(self, components: Mapping[str, nn.Module], source: Path | None) -> None:
-        self._components = components
-        modules = modules_of(components, KINDS)
-        self.modules: dict[str, Any] = {path: one for path, one in modules.items() if one.weight is not None}
+        self._components = WeakValueDictionary(components)
+        modules = modules_of(components, KINDS).items()
+        self.modules = WeakValueDictionary[str, Any]({path: one for path, one in modules if one.weight is not None})
         self._untouched = Untouched(source)
         self._held: dict[str, Terms] = {}
 
@@ -89,7 +90,7 @@ class Base:
     def restore(self) -> None:
         """Nothing is merged any more. Where that cannot be, the rest is restored and the first reason raised."""
         reasons = []
-        for path in sorted(self._held):
+        for path in sorted(path for path in self._held if _split(path)[0] in self.modules):
             try:
                 self._restore(path)
             except SdloraError as reason:

@@ -25,7 +25,7 @@ from sdlora.lowrank.targets import shape_of
 Slotted = tuple[tuple[Delta, int], ...]  # deltas, each with the slot of its weight
 LiveTerms = Mapping[str, Slotted]  # by parameter path: "unet...to_q", "unet...to_q.bias"
 Slots = tuple[int, ...]
-Base = Callable[[str], Tensor | None]
+Original = Callable[[str], Tensor | None]
 
 
 class Live:
@@ -35,7 +35,7 @@ class Live:
     that the base lacks; asked only for laws that depend on it, and may raise SdloraError (a quantised base).
     """
 
-    def __init__(self, modules: Mapping[str, Any], base: Base) -> None:
+    def __init__(self, modules: Mapping[str, Any], base: Original) -> None:
         self._modules, self._base = modules, base
         self._weights = _Weights()
         self._held: dict[str, tuple[Mapping[str, Slotted], _Layer]] = {}  # by path of the module
@@ -82,7 +82,8 @@ class Live:
             self._remove(path)
 
     def _remove(self, path: str) -> None:
-        hooks, (_, layer) = self._modules[path]._forward_hooks, self._held[path]
+        _, layer = self._held[path]
+        hooks = self._modules[path]._forward_hooks if path in self._modules else {}
         for key in [key for key, hook in hooks.items() if hook is layer]:
             del hooks[key]
         del self._held[path]
@@ -305,7 +306,7 @@ def _along(module: Any, values: Tensor, y: Tensor) -> Tensor:
     return values.view(shape)
 
 
-def _parts(module: Any, path: str, terms: Mapping[str, Slotted], base: Base) -> Iterator[_Part]:
+def _parts(module: Any, path: str, terms: Mapping[str, Slotted], base: Original) -> Iterator[_Part]:
     """The parts of a module's layer. SdloraError: a delta does not fit, or the base that it needs cannot be had."""
     weight = _flat(terms.get(path, ()))
     ranks = [(delta, slot) for delta, slot in weight if isinstance(delta, LowRank)]
@@ -343,7 +344,7 @@ def _side_by_side(deltas: Sequence[LowRank], shape: Sequence[int]) -> tuple[Tens
     return down.reshape(-1, *shape[1:]), torch.cat([up.float() for up, _ in pairs], 1)
 
 
-def _stacked(deltas: Sequence[Delta], path: str, shape: Sequence[int], base: Base) -> tuple[Tensor]:
+def _stacked(deltas: Sequence[Delta], path: str, shape: Sequence[int], base: Original) -> tuple[Tensor]:
     """The changes that the deltas make to the untouched parameter, (deltas, *shape) in float32."""
     untouched = torch.zeros(()).expand(*shape)
     if not all(delta.linear for delta in deltas):

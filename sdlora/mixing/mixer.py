@@ -33,6 +33,7 @@ from sdlora.models.families import components_of, family_of
 from sdlora.models.load import source_of
 
 CACHE = 2**30  # bytes of adapters that are kept although nothing uses them now
+STEPS = 20  # of a denoising, unless something else is said
 
 
 class Mixer:
@@ -42,31 +43,30 @@ class Mixer:
     until it is unloaded, whatever its weight. If a change fails midway, nothing is applied any more: the state is
     "base", and the adapters stay at hand.
     model: the name of the base in plans; cache: bytes of adapters to keep in memory for when they are asked for again.
-    A mixer belongs to one thread at a time: whoever sets weights and then generates holds `lock` for that long. While
-    `render` or `using` does, others are refused to load, set or unload.
+    One job at a time: `render` and `using` hold `lock`. Meanwhile all others that would change the mix get SdloraError,
+    as they do from a second mixer over a model, or one that shares a part of it, while the first has LoRAs.
     """
 
     def __init__(self, pipeline: Any, model: str = "", cache: int = CACHE) -> None:
-        components = components_of(pipeline)
-        refuse_foreign(components)
-        take_over(pipeline)
         self.pipeline = pipeline
         self.model = model
         self.lock = threading.Lock()
-        self.rendering = False  # as `render` says
-        self.architecture = architecture_of(components)
-        self._components = tuple(components)
-        self._base = Base(components, source_of(pipeline, model))
+        self._worker: int | None = None  # the thread whose changes belong to the job that holds the lock
+        self._parts = components_of(pipeline)
+        refuse_foreign(self._parts)
+        take_over(self, self._parts)
+        self.architecture = architecture_of(self._parts)
+        self._base = Base(self._parts, source_of(pipeline, model))
         self._live = Live(self._base.modules, self._base.original)
         self._shelf = Shelf(self.architecture, cache)
         self._books: dict[str, Book] = {}
         self._plans: tuple[Plan, ...] = (Plan(model),)
         self._ways: Ways | None = None
-        self._asked_live = False
+        self._asked = (False, STEPS)  # live, and steps
         self._own = {name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders}
         self._vocabularies = dict(self._own)  # what the text encoders read now
-        self._user: int | None = None  # the thread that is within `using`
-        leave_word(pipeline, Word(ref(self), self._live, self._base, self._own))
+        self._word = Word(ref(self), ref(pipeline), self._live, self._base, self._own, self._vocabularies)
+        leave_word(self._word, self._parts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class Mixer:
     def weights(self) -> dict[str, dict[str, float]]:
         """The weights in force in the first picture, by adapter and component; adapters that are off are left out."""
         loras = {lora.path: lora for lora in self._plans[0].loras}
-        found = {name: {one: lora.of(one) for one in self._components} for name, lora in loras.items()}
+        found = {name: {one: lora.of(one) for one in self._parts} for name, lora in loras.items()}
         return {name: by for name, by in found.items() if any(by.values())}
 
     @property
@@ -105,8 +105,9 @@ class Mixer:
         weights. Files that do not fit raise SdloraError and change nothing. partial: as for `read`.
         """
         path = Path(path)
-        book = self._shelf.read(path, partial)
-        self._put(_name(path) if name is None else name, book)
+        with self._claimed():
+            book = self._shelf.read(path, partial)
+            self._put(_name(path) if name is None else name, book)
         assert book.receipt is not None
         return book.receipt
 
@@ -116,15 +117,15 @@ class Mixer:
         SdloraError: it does not fit the model, or one of its tokens is taken; nothing has changed then. If its weights
         make the mix overflow, the adapter is not added and the state is "base".
         """
-        self._put(name, Book(adapter, content_of(adapter)))
+        with self._claimed():
+            self._put(name, Book(adapter, content_of(adapter)))
 
     def unload(self, name: str) -> None:
         """Take an adapter, its effect and its tokens away."""
-        self._refuse_amid()
-        self._known(name)
-        books = {other: book for other, book in self._books.items() if other != name}
-        plans = (replace(plan, loras=tuple(one for one in plan.loras if one.path != name)) for plan in self._plans)
-        self._become(books, tuple(plans), self._asked_live)
+        with self._claimed():
+            self._known(name)
+            books = {other: book for other, book in self._books.items() if other != name}
+            self._become(books, tuple(_following(plan, books) for plan in self._plans), *self._asked)
 
     def receipt(self, name: str) -> Receipt | None:
         """What reading an adapter told; None for one that was not read from files."""
@@ -135,24 +136,26 @@ class Mixer:
         """The plan in which the adapters named have these weights and all others are off."""
         for name in weights:
             self._known(name)
-        loras = (lora_weight(name, told, self._components) for name, told in weights.items())
+        loras = (lora_weight(name, told, tuple(self._parts)) for name, told in weights.items())
         return Plan(self.model, tuple(replace(lora, sha256=self._books[lora.path].content) for lora in loras))
 
-    def set(self, weights: Mapping[str, Weights]) -> None:
-        """Make the mix exactly this: the adapters named get these weights, all others are off.
+    def set(self, weights: Mapping[str, Weights], steps: int = STEPS) -> None:
+        """Make the mix exactly this: the adapters named get these weights, all others are off. steps: as for `apply`.
 
         Unknown names and components and weights that are no finite numbers raise SdloraError and change nothing.
         """
-        self._refuse_amid()
-        self.apply(self.plan(weights))
+        with self._claimed():
+            self.apply(self.plan(weights), steps=steps)
 
-    def apply(self, *plans: Plan, live: bool = False) -> None:
+    def apply(self, *plans: Plan, live: bool = False, steps: int = STEPS) -> None:
         """Bring the model to this plan; or to several, one for each picture of a batch.
 
         The rows of a batch then belong to the plans in turn, and again from the first. live: merge nothing, which is
-        the quicker way to a few steps. SdloraError: a plan for another base, or for an adapter that is not at hand.
+        the quicker way to a few steps. steps: of the denoising that is to come, at whose first step schedules begin;
+        see `on_step_end`. SdloraError: a plan for another base, or for an adapter that is not at hand.
         """
-        self._become(self._books, plans or (Plan(self.model),), live)
+        with self._claimed():
+            self._become(self._books, plans or (Plan(self.model),), live, steps)
 
     def hold(self, *plans: Plan, partial: bool = False, live: bool = False) -> tuple[Plan, ...]:
         """Apply plans whose adapters are files, and keep no others; returns them with the hashes of the content.
@@ -163,11 +166,12 @@ class Mixer:
         """
         files = dict.fromkeys(lora.path for plan in plans for lora in plan.loras)
         _refuse_twice(files)
-        books = {path: self._book(path, partial) for path in files}
-        for lora in (lora for plan in plans for lora in plan.loras):
-            _refuse_other(lora, books[lora.path])
-        plans = tuple(_renewed(plan, {path: book.content for path, book in books.items()}) for plan in plans)
-        self._become(books, plans or (Plan(self.model),), live)
+        with self._claimed():
+            books = {path: self._book(path, partial) for path in files}
+            for lora in (lora for plan in plans for lora in plan.loras):
+                _refuse_other(lora, books[lora.path])
+            plans = tuple(_following(plan, books) for plan in plans)
+            self._become(books, plans or (Plan(self.model),), live)
         return plans
 
     def at(self, progress: float) -> None:
@@ -178,39 +182,58 @@ class Mixer:
     def on_step_end(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """For `callback_on_step_end` of diffusers' own pipelines, so that schedules follow their steps.
 
-        After the last one it is ready for the first of another picture.
+        After the last one it is ready for the first of another picture. That of the very first comes before any call,
+        so `set`, `apply` or `using` want to know the `steps`.
         """
         steps = pipeline.num_timesteps
         self.at(progress_of((step + 1) % steps, steps))
         return values
 
     @contextmanager
-    def using(self, *plans: Plan, steps: int = 20) -> Iterator[Mixer]:
+    def using(self, *plans: Plan, steps: int = STEPS) -> Iterator[Mixer]:
         """With the plan applied, and nobody else's job between; afterwards what was in force before is again.
 
-        That follows what adapters of the same names hold then, without those that are gone. steps: of the denoising
-        that is to come, for schedules: see `on_step_end`. SdloraError: within another `using` of the same thread.
+        That follows what adapters of the same names hold then, without those that are gone. steps: as for `apply`.
+        It waits for others' jobs. SdloraError: within another `using` of the same thread.
         """
         self.refuse_within()
         with self.lock:
-            self._user, before, live = threading.get_ident(), self._plans, self._asked_live
+            before, (live, told) = self._plans, self._asked
             try:
-                self.apply(*plans)
-                self.at(progress_of(0, steps))
-                yield self
+                with self.at_work():
+                    self.apply(*plans, steps=steps)
+                    yield self
             finally:
-                self._user = None
-                self.apply(*(_following(plan, self._books) for plan in before), live=live)
+                with self.at_work():
+                    self.apply(*(_following(plan, self._books) for plan in before), live=live, steps=told)
 
     def refuse_within(self) -> None:
         """SdloraError within `using` of the same thread, which would wait for itself for ever."""
-        if self._user == threading.get_ident():
+        if self._worker == threading.get_ident():
             raise SdloraError("this thread is using a plan of the mixer already; leave `with mixer.using` first")
 
-    def _refuse_amid(self) -> None:
-        """SdloraError while a job or another thread's `using` counts on what is in force."""
-        if self.rendering or self._user not in (None, threading.get_ident()):
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """For a job that holds `lock`: what this thread does to the mix within this belongs to it."""
+        self._worker = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._worker = None
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """A change that belongs to a job, or is one by itself. SdloraError where another's job counts on the mix."""
+        if self._worker == threading.get_ident():
+            yield
+        elif not self.lock.acquire(blocking=False):
             raise SdloraError("the mixer is in use by a job that is not done; wait for it, or change the next job")
+        else:
+            try:
+                with self.at_work():
+                    yield
+            finally:
+                self.lock.release()
 
     def _known(self, name: str) -> None:
         if name not in self._books:
@@ -222,44 +245,50 @@ class Mixer:
 
     def _put(self, name: str, book: Book) -> None:
         """At hand under this name from now on; plans in force follow it."""
-        self._refuse_amid()
-        if self._books.get(name) is not book:
-            changed = {name: book.content}
-            plans = tuple(_renewed(plan, changed) for plan in self._plans)
-            self._become({**self._books, name: book}, plans, self._asked_live)
+        held = self._books.get(name)
+        if held and held.content == book.content:
+            self._books[name] = replace(book, adapter=held.adapter)  # its receipt may speak of another file
+        else:
+            books = {**self._books, name: book}
+            self._become(books, tuple(_following(plan, books) for plan in self._plans), *self._asked)
 
-    def _become(self, books: dict[str, Book], plans: tuple[Plan, ...], live: bool = False) -> None:
+    def _become(self, books: dict[str, Book], plans: tuple[Plan, ...], live: bool = False, steps: int = STEPS) -> None:
         """Bring the model to these adapters and plans. What cannot be is refused before anything changes.
 
         If it fails later, the base is what is left, with the adapters that were at hand before.
         """
-        for name, book in books.items():
-            if self._books.get(name) is not book:
-                self._check(book.adapter, name)
+        take_over(self, self._parts)
+        leave_word(self._word, self._parts)
+        self._check(books)
         plans = tuple(self._resolved(plan, books) for plan in plans)
         found = self._ways_of(books, plans, live)
         vocabularies = self._vocabularies if books is self._books else self._vocabularies_for(books)
         heard = [one for one, vocabulary in vocabularies.items() if vocabulary is not self._vocabularies[one]]
         try:
             self._live.install(found.live)
-            self._live.weigh(found.weights(0.0))
+            self._live.weigh(found.weights(progress_of(0, steps)))
             self._base.become(found.merged)
             for component in heard:
                 put(self.pipeline, component, vocabularies[component])
         except BaseException:
             self._plans, self._ways = (Plan(self.model),), None
             self._live.clear()
-            self._base.restore()
-            for component in heard:
-                put(self.pipeline, component, self._vocabularies[component])
+            try:
+                for component in heard:
+                    put(self.pipeline, component, self._vocabularies[component])
+            finally:
+                self._base.restore()
             raise
-        self._books, self._plans, self._ways, self._vocabularies = books, plans, found, vocabularies
-        self._asked_live = live
+        self._books, self._plans, self._ways, self._asked = books, plans, found, (live, steps)
+        self._vocabularies.update(vocabularies)
 
-    def _check(self, adapter: Adapter, name: str) -> None:
-        """SdloraError where the adapter does not fit the model."""
-        self._base.check(name, adapter)
-        check_tokens(name, adapter, self._own)
+    def _check(self, books: Mapping[str, Book]) -> None:
+        """SdloraError where an adapter that comes does not fit the model."""
+        for name, book in books.items():
+            held = self._books.get(name)
+            if not held or held.content != book.content:
+                self._base.check(name, book.adapter)
+                check_tokens(name, book.adapter, self._own)
 
     def _ways_of(self, books: Mapping[str, Book], plans: Sequence[Plan], live: bool) -> Ways:
         rows = [{lora.path: lora for lora in plan.loras} for plan in plans]
@@ -288,8 +317,8 @@ class Mixer:
 
 def _following(plan: Plan, books: Mapping[str, Book]) -> Plan:
     """The plan with what its names stand for now, without those that stand for nothing."""
-    there = replace(plan, loras=tuple(lora for lora in plan.loras if lora.path in books))
-    return _renewed(there, {name: book.content for name, book in books.items()})
+    there = (lora for lora in plan.loras if lora.path in books)
+    return replace(plan, loras=tuple(replace(lora, sha256=books[lora.path].content) for lora in there))
 
 
 def _refuse_other(lora: LoraWeight, book: Book) -> None:
@@ -325,12 +354,6 @@ def _refuse_twice(files: Iterable[str]) -> None:
             raise SdloraError(
                 f"{file} is given twice, as {other} too; give each LoRA once, with the sum of its weights"
             )
-
-
-def _renewed(plan: Plan, contents: Mapping[str, str]) -> Plan:
-    """The plan with the content that its names stand for now."""
-    loras = (replace(lora, sha256=contents.get(lora.path, lora.sha256)) for lora in plan.loras)
-    return replace(plan, loras=tuple(loras))
 
 
 def _name(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""One mixer a pipeline, one after another: what a mixer did stays when it goes, and the next one finds the base."""
+"""One mixer a model, one after another: what a mixer did stays when it goes, and the next one finds the base."""
 
 from __future__ import annotations
 
@@ -18,35 +18,43 @@ from sdlora.models.families import tokenizer_of
 
 @dataclass(frozen=True, eq=False)
 class Word:
-    """What it takes to undo what a mixer does to its pipeline. mixer: a weak reference, None when it is gone."""
+    """What it takes to undo what a mixer does to its model; holds none of the model's modules, which would stay for it.
+
+    mixer, pipeline: weak references, None when they are gone. By text encoder, own: the base's vocabulary; read: the
+    one in force.
+    """
 
     mixer: Callable[[], Any]
+    pipeline: Callable[[], Any]
     live: Live
     base: Base
     own: Mapping[str, Vocabulary]
+    read: Mapping[str, Vocabulary]
 
 
-_left: WeakKeyDictionary[Any, Word] = WeakKeyDictionary()  # by pipeline
+# By component, since pipelines share them, and one may be gone while another goes on with what a mixer did to it.
+_left: WeakKeyDictionary[nn.Module, Word] = WeakKeyDictionary()
 
 
-def leave_word(pipeline: Any, word: Word) -> None:
+def leave_word(word: Word, components: Mapping[str, nn.Module]) -> None:
     """For the mixer that comes next."""
-    _left[pipeline] = word
+    for part in components.values():
+        _left[part] = word
 
 
-def take_over(pipeline: Any) -> None:
-    """The base, as it was before a mixer that is gone; SdloraError where that is still there and has LoRAs."""
-    word = _left.get(pipeline)
-    if word is None:
-        return
-    other = word.mixer()
-    if other and other.names:
-        raise SdloraError("another mixer has LoRAs on this pipeline; use that one, or unload them from it")
-    word.live.clear()
-    word.base.restore()
-    for component, vocabulary in word.own.items():
-        if tokenizer_of(pipeline, component) is not vocabulary.tokenizer:
-            put(pipeline, component, vocabulary)
+def take_over(mixer: Any, components: Mapping[str, nn.Module]) -> None:
+    """The base, as it was before other mixers over these components; SdloraError where one has LoRAs or is in use."""
+    left = {name: word for name, part in components.items() if (word := _left.get(part)) and word.mixer() is not mixer}
+    for word in left.values():
+        other = word.mixer()
+        if other and (other.names or other.lock.locked()):
+            raise SdloraError("another mixer has LoRAs on this model or is in use; use that one, or unload its LoRAs")
+    for name, word in left.items():
+        word.live.clear()
+        if name in word.own:
+            for pipeline in filter(None, (word.pipeline(), mixer.pipeline)):
+                _forget_tokens(pipeline, name, word)
+        word.base.restore()
 
 
 def refuse_foreign(components: Mapping[str, nn.Module]) -> None:
@@ -58,3 +66,9 @@ def refuse_foreign(components: Mapping[str, nn.Module]) -> None:
             raise SdloraError(
                 f"the {name} has LoRAs of peft's; call pipeline.unload_lora_weights(), and load them here"
             )
+
+
+def _forget_tokens(pipeline: Any, component: str, word: Word) -> None:
+    own = word.own[component]
+    if word.read[component].learned or tokenizer_of(pipeline, component) is not own.tokenizer:
+        put(pipeline, component, own)

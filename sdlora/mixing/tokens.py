@@ -16,6 +16,7 @@ from sdlora.errors import SdloraError
 from sdlora.lowrank.adapter import Adapter, Vectors, same_vectors
 from sdlora.lowrank.laws.delta import times
 from sdlora.mixing.placement import obstacle
+from sdlora.models.families import tokenizer_name, tokenizer_of
 
 MOST_VECTORS = 1024  # that a text encoder takes at once; files bring a handful, and checking them costs their square
 LONGEST_TOKEN = 100  # characters
@@ -38,7 +39,7 @@ class Vocabulary:
 
 def own_vocabulary(pipeline: Any, component: str) -> Vocabulary:
     """The vocabulary that the pipeline has now, as its base's."""
-    tokenizer, weight = getattr(pipeline, _tokenizer(component)), _embedding(pipeline, component).weight.detach()
+    tokenizer, weight = tokenizer_of(pipeline, component), _embedding(pipeline, component).weight.detach()
     return Vocabulary(tokenizer, {}, weight.new_empty(0, weight.shape[1]), len(tokenizer), len(weight))
 
 
@@ -121,11 +122,7 @@ def put(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:
     for module in encoder.modules():
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = end
-    setattr(pipeline, _tokenizer(component), vocabulary.tokenizer)
-
-
-def _tokenizer(component: str) -> str:
-    return component.replace("text_encoder", "tokenizer")
+    setattr(pipeline, tokenizer_name(component), vocabulary.tokenizer)
 
 
 def _embedding(pipeline: Any, component: str) -> Any:

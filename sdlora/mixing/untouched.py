@@ -1,6 +1,5 @@
 """The base's own parameters, for those that a mix has changed: once in memory at most, and only where they must be."""
 
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -28,10 +27,6 @@ class Untouched:
 
     def __contains__(self, path: object) -> bool:
         return path in self._copies or path in self._lying
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._copies
-        yield from self._lying
 
     def __getitem__(self, path: str) -> Tensor | None:
         """To the bit what `keep` saw, in its dtype and on its device; not to be written to.

@@ -71,7 +71,12 @@ def side_by_side(states: Sequence[Tensor]) -> Tensor:
 
 def tokenizer_of(pipeline: Any, text_encoder: str) -> Any:
     """The tokenizer of a text encoder, by the component's name."""
-    return getattr(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
+    return getattr(pipeline, tokenizer_name(text_encoder))
+
+
+def tokenizer_name(text_encoder: str) -> str:
+    """The name of the component that is a text encoder's tokenizer."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def device_of(pipeline: Any, text_encoder: str) -> torch.device:

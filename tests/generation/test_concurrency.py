@@ -2,10 +2,12 @@
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +18,22 @@ from sdlora.generation.open import open_mixer
 from sdlora.generation.render import Picture, Progress, render
 from sdlora.lowrank.adapter import Adapter
 from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.plan import Plan
 from sdlora.mixing.schedule import parse_schedule
 from sdlora.models.families import components_of
 from tests.conftest import random_adapter
 from tests.mixing.states import same_state, state_of
 
 THREADS, JOBS = 8, 50
+CHANGES: tuple[Callable[[Mixer, Path], object], ...] = (
+    lambda mixer, file: mixer.load(file, name="c"),
+    lambda mixer, file: mixer.add(Adapter({}), "d"),
+    lambda mixer, file: mixer.set({}),
+    lambda mixer, file: mixer.apply(),
+    lambda mixer, file: mixer.apply(Plan(mixer.model)),
+    lambda mixer, file: mixer.unload("b"),
+    lambda mixer, file: mixer.hold(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +122,11 @@ def test_nobody_changes_the_mix_while_a_job_or_another_thread_counts_on_it(mixer
     mixer.load(files[1], name="b")
 
     def refused() -> None:
-        changes = (lambda: mixer.set({}), lambda: mixer.unload("b"), lambda: mixer.load(files[2], name="c"))
-        for change in changes:
+        before = mixer.names, mixer.plans
+        for change in CHANGES:
             with pytest.raises(SdloraError, match="in use by a job"):
-                change()
+                change(mixer, files[2])
+        assert (mixer.names, mixer.plans) == before
 
     events = render(mixer, job)
     next(events)
@@ -123,8 +136,48 @@ def test_nobody_changes_the_mix_while_a_job_or_another_thread_counts_on_it(mixer
     mixer.load(files[1], name="b")
     with mixer.using(mixer.plan({"b": 1.0})), ThreadPoolExecutor(1) as other:
         other.submit(refused).result()
-        mixer.set({"b": 0.5})  # whoever uses it may
-    mixer.unload("b")
+        for change in CHANGES:  # whoever uses it may
+            change(mixer, files[2])
+    mixer.hold()
+
+
+def test_a_job_may_go_on_and_end_in_other_threads_than_it_began_in(mixer: Mixer, files: list[Path]):
+    job = Job(prompt="a red cat", loras=(LoraWeight(path=str(files[0])),), steps=3, width=32, height=32)
+    wanted = bits_of(mixer, job)
+
+    def elsewhere(work: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    for ending in ("read", "closed"):
+        events = render(mixer, job)
+        for step in range(1, 4):
+            assert elsewhere(lambda: next(events)) == Progress(0, step, 3)  # noqa: B023 at once
+            for place in (elsewhere, lambda work: work()):
+                with pytest.raises(SdloraError, match="in use by a job"):
+                    place(lambda: mixer.set({}))
+        if ending == "read":
+            assert next(events).image.tobytes() == wanted
+        elsewhere(events.close)
+        assert not mixer.lock.locked()
+    using = mixer.using(mixer.plan({str(files[0]): 0.5}))
+    elsewhere(using.__enter__)
+    elsewhere(lambda: using.__exit__(None, None, None))
+    assert not mixer.lock.locked() and mixer.weights[str(files[0])]["unet"] == 1.0
+    mixer.hold()
+
+
+def test_a_change_is_whole_before_another_begins(mixer: Mixer, files: list[Path], monkeypatch: pytest.MonkeyPatch):
+    read = mixer._shelf.read
+
+    def asked(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(SdloraError, match="in use by a job"):
+            pool.submit(lambda: mixer.set({})).result()
+        return read(*args)
+
+    monkeypatch.setattr(mixer._shelf, "read", asked)
+    mixer.load(files[0], name="a")
+    mixer.unload("a")
 
 
 def test_a_job_that_waits_says_so_and_can_be_cancelled_while_it_waits(mixer: Mixer):

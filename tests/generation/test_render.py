@@ -77,6 +77,13 @@ def test_progress_counts_the_steps_that_the_scheduler_takes():
     assert [event.step for event in events] == list(range(1, 8)) and {event.steps for event in events} == {7}
 
 
+def test_there_is_room_for_as_many_pictures_as_their_own_size_allows(monkeypatch):
+    monkeypatch.setattr("sdlora.generation.render.AT_ONCE", 4 * 64 * 48)
+    jobs = [replace(JOB, width=32, height=24), *(replace(JOB, seed=seed, steps=1) for seed in range(6))]
+    seen = {e.picture: e.together for e in render(Mixer(tiny_pipeline()), *jobs) if isinstance(e, Progress)}
+    assert seen == {0: 1, 1: 4, 5: 2}
+
+
 def test_no_guidance_needs_no_second_pass(monkeypatch):
     pipeline, sizes = tiny_pipeline(), []
     pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))

@@ -68,7 +68,7 @@ def test_what_lies_in_the_files_is_read_back_to_the_bit_and_not_copied(tmp_path,
     pipeline = tiny_pipeline().to(stored).to(dtype)
     before = kept(untouched, parameters(pipeline))
     assert untouched.held == 0
-    assert {path: bits(untouched[path]) for path in untouched} == before
+    assert {path: bits(untouched[path]) for path in before} == before
     assert None in before.values() and CONV in before
 
 
@@ -85,7 +85,7 @@ def test_single_files_do_as_well_with_their_fused_and_transposed_weights(tmp_pat
     untouched = Untouched(file)
     before = kept(untouched, parameters(pipeline))
     assert untouched.held == 0
-    assert {path: bits(untouched[path]) for path in untouched} == before
+    assert {path: bits(untouched[path]) for path in before} == before
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_without_files_that_can_be_read_all_is_copied(tmp_path):
         untouched.keep("unet.one.bias", None)
         module.weight.zero_()
         assert torch.equal(untouched["unet.one"], before) and untouched["unet.one.bias"] is None
-        assert untouched.held == 24 and list(untouched) == ["unet.one", "unet.one.bias"]
+        assert untouched.held == 24 and "unet.one.bias" in untouched and "unet.two" not in untouched
 
 
 def test_a_parameter_that_the_files_lack_or_have_in_another_shape_is_copied(tmp_path):
@@ -134,7 +134,7 @@ def test_what_is_forgotten_is_no_longer_there_and_may_be_kept_anew(tmp_path):
         untouched.keep(CONV, parameter)
         assert torch.equal(untouched[CONV], parameter)
         untouched.forget(CONV)
-        assert CONV not in untouched and not list(untouched) and untouched.held == 0
+        assert CONV not in untouched and untouched.held == 0
 
 
 def test_a_file_that_was_written_just_now_is_not_relied_on(tmp_path):

@@ -96,6 +96,10 @@ def test_diffusers_own_call_follows_a_schedule_by_its_callback():
     with mixer.using(plan, steps=4):
         first, second = (paint(mixer, callback_on_step_end=mixer.on_step_end) for _ in range(2))
     assert torch.equal(first, second), "it is ready for the next picture"
+    mixer.set({"a": {"unet": 8.0, "schedule": "0:0, 0.5:1, 0.5:0.2"}}, steps=4)
+    for _ in range(2):
+        assert torch.equal(first, paint(mixer, callback_on_step_end=mixer.on_step_end)), "the first one too"
+    mixer.set({})
     weights = iter([6.0, 1.6, 1.6, 1.6])
     by_hand.set({"a": {"unet": 2.0}})
 
