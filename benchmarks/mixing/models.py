@@ -40,7 +40,7 @@ SDXL = {
 class Setting:
     """model: sd15 or sdxl. stored: the dtype of the model's file; it is computed with in float32.
 
-    applied, loaded: how many adapters are applied and loaded at most.
+    loaded: how many adapters are loaded at most.
     """
 
     folder: str
@@ -50,8 +50,12 @@ class Setting:
     rank: int = 16
     pixels: int = 256
     rounds: int = 10
-    applied: int = 8
     loaded: int = 50
+
+    @property
+    def applied(self) -> int:
+        """How many adapters are applied at most."""
+        return min(8, self.loaded)
 
     @property
     def counts(self) -> tuple[int, ...]:

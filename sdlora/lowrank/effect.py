@@ -1,4 +1,4 @@
-"""How large a delta is: its Frobenius norm, from the factors where they tell it.
+"""The factors of a delta, and what they tell without their product: its Frobenius norm above all.
 
 Nothing here imports torch, so that whoever only describes files can import it.
 """

@@ -1,4 +1,4 @@
-"""Which modules training wraps: presets by name, or patterns over module paths."""
+"""The modules that can be changed, by their paths, and which of them presets and patterns name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Tools that make models and LoRAs out of whole base models, one tensor at a time."""
+"""Tools over files of LoRAs and base models: what they hold, how they get on, and what is made of them."""
