@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, uint8
 
@@ -20,6 +20,8 @@ from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws.delta import factors
 
 STAMPS = 4096  # files whose content is known by their stamp; what is forgotten is read again
+
+_Key = tuple[str, bool]  # content, and whether it was read in part
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class _Seen:
 class Shelf:
     """Reads adapters for one architecture and keeps those used last, as long as they fit into `limit` bytes.
 
-    The same content is the same object as long as it is kept, here or by whoever uses it, whatever its file is called;
+    The same content is the same adapter as long as it is kept, here or by whoever uses it, whatever its file is called;
     content that has changed under the same name is seen at once.
     """
 
@@ -51,47 +53,44 @@ class Shelf:
         self.architecture = architecture
         self.limit = limit
         self.size = 0  # bytes on the shelf
-        self._books: OrderedDict[tuple[str, bool], Book] = OrderedDict()
-        self._living: WeakValueDictionary[tuple[str, bool], Book] = WeakValueDictionary()  # whoever keeps them
+        self._kept: OrderedDict[_Key, Adapter] = OrderedDict()
+        self._living: WeakValueDictionary[_Key, Adapter] = WeakValueDictionary()  # whoever keeps them
+        self._receipts: WeakKeyDictionary[Adapter, Receipt] = WeakKeyDictionary()
         self._seen: OrderedDict[tuple[Path, bool], _Seen] = OrderedDict()
 
     def read(self, path: Path, partial: bool = False) -> Book:
         """What lies at the path now; partial as for `read` of sdlora.formats. SdloraError where that cannot be had."""
         stamps, seen = _stamps(path), self._seen.get((path, partial))
-        if seen and seen.stamps == stamps and seen.settled and (seen.content, partial) in self._living:
-            return self._taken((seen.content, partial), path)
-        settled = all(stamp.settled for stamp in stamps.values())
-        adapter, receipt = read(path, self.architecture, partial)
-        book = Book(adapter, receipt.content, receipt)
-        self._seen[path, partial] = _Seen(stamps, book.content, settled)
-        self._seen.move_to_end((path, partial))
+        known = seen.content if seen and seen.stamps == stamps and seen.settled else ""
+        adapter = self._living.get((known, partial))
+        if adapter is None:
+            settled = all(stamp.settled for stamp in stamps.values())
+            fresh, told = read(path, self.architecture, partial)
+            known = told.content
+            adapter = self._living.setdefault((known, partial), fresh)
+            self._receipts.setdefault(adapter, told)
+            self._remember((path, partial), _Seen(stamps, known, settled))
+        self._keep((known, partial), adapter)
+        receipt = self._receipts[adapter]
+        return Book(adapter, known, receipt if receipt.path == path else replace(receipt, path=path))
+
+    def _remember(self, place: tuple[Path, bool], seen: _Seen) -> None:
+        self._seen[place] = seen
+        self._seen.move_to_end(place)
         if len(self._seen) > STAMPS:
             self._seen.popitem(last=False)
-        if (book.content, partial) in self._living:
-            return self._taken((book.content, partial), path)
-        self._living[book.content, partial] = book
-        self._put((book.content, partial), book)
-        return book
 
-    def _taken(self, key: tuple[str, bool], path: Path) -> Book:
-        """What is at hand; its receipt speaks of the path that was asked for."""
-        book = self._living[key]
-        if key in self._books:
-            self._books.move_to_end(key)
-        else:
-            self._put(key, book)
-        assert book.receipt is not None
-        return book if book.receipt.path == path else replace(book, receipt=replace(book.receipt, path=path))
-
-    def _put(self, key: tuple[str, bool], book: Book) -> None:
-        size = size_of(book.adapter)
-        if size > self.limit:
-            return
-        self._books[key] = book
-        self.size += size
+    def _keep(self, key: _Key, adapter: Adapter) -> None:
+        """As the one used last."""
+        if key not in self._kept:
+            if size_of(adapter) > self.limit:
+                return
+            self._kept[key] = adapter
+            self.size += size_of(adapter)
+        self._kept.move_to_end(key)
         while self.size > self.limit:
-            _, leaving = self._books.popitem(last=False)
-            self.size -= size_of(leaving.adapter)
+            _, leaving = self._kept.popitem(last=False)
+            self.size -= size_of(leaving)
 
 
 def size_of(adapter: Adapter) -> int:

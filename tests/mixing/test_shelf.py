@@ -1,5 +1,6 @@
 """The shelf: adapters are known by content, the cache keeps to its bytes, and what has changed is seen."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -64,6 +65,33 @@ def test_the_same_content_is_the_same_adapter_whatever_it_is_called(tmp_path: Pa
     first, second = shelf.read(tmp_path / "a.safetensors"), shelf.read(copy)
     assert first.adapter is second.adapter and first.content == second.content
     assert second.receipt and second.receipt.path == copy
+
+
+def test_an_adapter_in_use_is_not_read_again_whichever_of_its_files_came_first(tmp_path: Path, reads: list[Path]):
+    shelf, one = Shelf(ARCHITECTURE, 0), file_of(tmp_path, 0, "a")
+    other = Path(shutil.copy2(one, tmp_path / "b.safetensors"))
+    first, second = shelf.read(one), shelf.read(other)
+    del first
+    gc.collect()
+    assert shelf.read(other).adapter is second.adapter and shelf.read(one).adapter is second.adapter
+    assert reads == [one, other]
+    for path in (one, other):
+        receipt = shelf.read(path).receipt
+        assert receipt and receipt.path == path
+
+
+def test_what_is_loaded_again_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mixer, one = Mixer(tiny_pipeline()), file_of(tmp_path, 0, "a")
+    other = Path(shutil.copy2(one, tmp_path / "b.safetensors"))
+    mixer.load(one, name="a")
+    mixer.add(random_adapter(PARTS, 1), "b")
+    mixer.set({"a": 1.0, "b": 0.5})
+    monkeypatch.setattr(mixer, "_become", lambda *_: pytest.fail("something is to be changed"))
+    for path in (other, one, other):
+        assert mixer.load(path, name="a") == mixer.receipt("a") and mixer.load(path, name="a").path == path
+    mixer.add(random_adapter(PARTS, 1), "b")
+    with pytest.raises(pytest.fail.Exception):
+        mixer.add(random_adapter(PARTS, 2), "b")
 
 
 def test_new_content_under_an_old_name_is_seen_at_once(tmp_path: Path):

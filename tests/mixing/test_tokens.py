@@ -11,7 +11,7 @@ from sdlora.errors import SdloraError
 from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.lowrank.laws import Full
 from sdlora.mixing.mixer import Mixer
-from sdlora.mixing.tokens import MOST_VECTORS
+from sdlora.mixing.tokens import MOST_VECTORS, Vocabulary, put
 from sdlora.models.families import family_of, truncated
 from tests.mixing.states import same_state, state_of
 from tests.tiny import tiny_pipeline
@@ -284,6 +284,26 @@ def test_an_adapter_whose_mix_overflows_brings_no_token():
     with pytest.raises(SdloraError, match="overflows float16"):
         mixer.add(huge, "one")
     assert same_state(pipeline, base)
+
+
+def test_tokens_leave_again_though_the_weights_cannot_be_put_back(monkeypatch: pytest.MonkeyPatch):
+    pipeline = tiny_pipeline("sdxl")
+    base, mixer = state_of(pipeline), Mixer(pipeline)
+
+    def interrupted(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:
+        put(pipeline, component, vocabulary)
+        if component == "text_encoder_2" and vocabulary.learned:
+            raise KeyboardInterrupt
+
+    def gone() -> None:
+        raise SdloraError("the file has changed")
+
+    monkeypatch.setattr("sdlora.mixing.mixer.put", interrupted)
+    monkeypatch.setattr(mixer._base, "restore", gone)
+    both = {name: rows(1) for name in ("text_encoder", "text_encoder_2")}
+    with pytest.raises(SdloraError, match="the file has changed"):
+        mixer.add(Adapter({}, embeddings={"<s1>": both}), "one")
+    assert same_state(pipeline, base) and mixer.names == ()
 
 
 def test_vectors_are_the_same_under_the_same_names_in_whatever_precision():
