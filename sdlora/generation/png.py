@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 import sdlora
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
+from sdlora.formats.sources import name_of
 from sdlora.generation.job import SCHEDULERS, Job
 from sdlora.generation.prompts.tags import tag_of
 from sdlora.generation.render import Picture
@@ -79,10 +80,11 @@ def parameters(job: Job) -> str:
         "CFG scale": f"{job.guidance_scale:g}",
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
-        "Model": Path(job.model).stem,
+        "Model": name_of(Path(job.model)),
     }
-    if job.loras:
-        hashes = ", ".join(f"{re.sub('[:,]', '', Path(lora.path).stem)}: {lora.sha256[:12]}" for lora in job.loras)
+    known_by = {re.sub("[:,]", "", name_of(Path(lora.path))): lora.autov3[:12] for lora in job.loras if lora.autov3}
+    if known_by:
+        hashes = ", ".join(f"{name}: {autov3}" for name, autov3 in known_by.items())
         fields["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
     fields["Version"] = f"sdlora {sdlora.__version__}"
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in fields.items())])

@@ -121,11 +121,14 @@ def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
         plans = [plan.only(family_of(mixer.pipeline).text_encoders) for plan in plans]
     held = mixer.hold(*plans, partial=batch[0].partial, live=_short(batch[0]))
     hashes = {lora.path: lora.sha256 for plan in held for lora in plan.loras}
+    known_by = {path: receipt.autov3 for path in hashes if (receipt := mixer.receipt(path))}
     own = _own_side(mixer)
     return [
         replace(
             job,
-            loras=tuple(replace(lora, sha256=hashes[lora.path]) for lora in job.loras),
+            loras=tuple(
+                replace(lora, sha256=hashes[lora.path], autov3=known_by.get(lora.path, "")) for lora in job.loras
+            ),
             width=job.width or own,
             height=job.height or own,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sdlora.formats.sources import name_of
 from sdlora.generation.job import Job
 
 GAP, HEAD = 6, 22  # pixels between pictures, and of a line of text
@@ -46,7 +47,7 @@ def compared(pictures: Sequence[tuple[Job, Image.Image]], columns: int, first: i
 
 def _weight(job: Job, index: int) -> str:
     lora = job.loras[index]
-    return f"{Path(lora.path).stem[:40]} {lora.unet:g}"
+    return f"{name_of(Path(lora.path))[:40]} {lora.unet:g}"
 
 
 def _fitting(image: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ from weakref import ref
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.architectures import architecture_of
 from sdlora.formats.receipt import Receipt
+from sdlora.formats.sources import name_of
 from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.mixing.base import Base
 from sdlora.mixing.live import Live
@@ -107,7 +108,7 @@ class Mixer:
         path = Path(path)
         with self._claimed():
             book = self._shelf.read(path, partial)
-            self._put(_name(path) if name is None else name, book)
+            self._put(name_of(path) if name is None else name, book)
         assert book.receipt is not None
         return book.receipt
 
@@ -354,7 +355,3 @@ def _refuse_twice(files: Iterable[str]) -> None:
             raise SdloraError(
                 f"{file} is given twice, as {other} too; give each LoRA once, with the sum of its weights"
             )
-
-
-def _name(path: Path) -> str:
-    return path.name if os.path.isdir(path) else path.stem

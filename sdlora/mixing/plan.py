@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -22,7 +22,8 @@ Weights = float | Mapping[str, Any]
 class LoraWeight:
     """A LoRA and how much of it is applied, where and when. Weights that are no finite numbers raise SdloraError.
 
-    path: the file, or the name that the mixer knows it by. sha256: of its content, filled in when it is read.
+    path: the file, or the name that the mixer knows it by. sha256: of its content, filled in when it is read. autov3:
+    the hash that others know the file by (see `Receipt`), filled in for a job; it decides nothing.
     text_encoder_2: SDXL's second text encoder, None for the weight of the first.
     blocks: factors over the weights by block of the family's map, those that are not named are 1; given as text, a
     table or pairs.
@@ -39,6 +40,7 @@ class LoraWeight:
     on: bool = True
     schedule: Schedule = ALWAYS
     sha256: str = ""
+    autov3: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
