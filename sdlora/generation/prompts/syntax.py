@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import isfinite
 
-Schedule = tuple[tuple[int, str], ...]
+Spans = tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Part:
     """A part of a prompt with AND. weight: of its guidance; spans: (first step, from 0, and the text from then on)."""
 
     weight: float
-    spans: Schedule
+    spans: Spans
 
     def text_at(self, step: int) -> str:
         """The text of a step, from 0."""
@@ -71,7 +71,7 @@ def _weighted(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def _spans(text: str, steps: int) -> Schedule:
+def _spans(text: str, steps: int) -> Spans:
     """A1111 asks for the text of step s while its own count, from 0, is at most s: a text ends one step late."""
     spans: list[tuple[int, str]] = []
     begins = 0
@@ -119,7 +119,7 @@ class _Open:
     bars: list[int] = field(default_factory=list)
 
 
-def schedule_of(text: str, steps: int) -> Schedule:
+def schedule_of(text: str, steps: int) -> Spans:
     """The texts that prompt editing and alternation make, each with the step, from 1, up to which it was written for.
 
     [a:b:0.5] and [a:b:12] are a, then b: a number with a dot is a share of the steps, one without a step. [a:0.5] is
