@@ -20,3 +20,12 @@ def toasted() -> Iterator[None]:
         yield
     except SdloraError as error:
         raise gr.Error(escape(str(error), quote=False), title="That did not work", print_exception=False) from None
+
+
+@contextmanager
+def warned() -> Iterator[None]:
+    """The same, but what stands behind goes on."""
+    try:
+        yield
+    except SdloraError as error:
+        gr.Warning(escape(str(error), quote=False))

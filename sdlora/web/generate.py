@@ -48,6 +48,7 @@ class Form:
 
         SdloraError for values that make none.
         """
+        library = self.rack.studio.library
         width, height = parse_size(values[self.size]) if values[self.size] else (None, None)
         job = Job(
             prompt=values[self.prompt] or "",
@@ -62,7 +63,7 @@ class Form:
             height=height,
             count=values[self.count],
         )
-        return resolved(job, self.rack.studio.library.names)
+        return resolved(job, library.names, library.presets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,8 @@ def _wire(studio: Studio, page: gr.Blocks, form: Form, buttons: Buttons, shown: 
     buttons.cancel.click(cancel, None, None, queue=False, **QUIET)
     page.unload(cancel)
     rows = form.rack.rows
-    page.load(lambda: rack.on_load(form.rack), None, [*(r.lora for r in rows), *(r.words for r in rows)], **QUIET)
+    seen = [getattr(row, name) for name in ("lora", "preset", "words") for row in rows]
+    page.load(lambda: rack.on_load(form.rack), None, seen, **QUIET)
 
 
 def _run(
@@ -175,7 +177,7 @@ def _run(
     with closing(render(mixer, *jobs)) as events:
         for event in events:
             if isinstance(event, Picture):
-                notes = outcome.left_out(mixer, event.job)
+                notes = outcome.notes(mixer, event.job)
                 done.append(event)
                 shots = shown.added(studio, shots, done, comparison)
                 yield shown.filled(shots[:KEPT])

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
+from sdlora.formats.atomic import replace_file
+from sdlora.formats.block_weights import PRESET_FILE, Factors, presets_in, read_presets, write_factors, write_presets
 from sdlora.formats.sources import SUFFIX, files_of, loras_below, name_of
 from sdlora.generation.prompts.tags import Names
 
@@ -22,7 +24,10 @@ class Entry:
 
 
 class Library:
-    """LoRAs below some folders, and uploaded ones, which stay until the app ends."""
+    """LoRAs below some folders, and uploaded ones, which stay until the app ends.
+
+    presets: of block weights, the built-in ones and those at the top of each folder, as they were at the last scan.
+    """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(folders)
@@ -35,7 +40,10 @@ class Library:
         self.scan()
 
     def scan(self) -> tuple[Entry, ...]:
-        """Look at the folders anew: finished files only, and none that a link leads out of its folder."""
+        """Look at the folders anew: finished files only, and none that a link leads out of its folder.
+
+        SdloraError: presets cannot be read; they, and they only, are left as they were.
+        """
         found = {}
         for root in (folder.resolve() for folder in self.folders):
             for path in sorted(loras_below(root)):
@@ -44,6 +52,7 @@ class Library:
                     found[entry.id] = entry
         with self._lock:
             self._found = found
+        self.presets: Mapping[str, str] = presets_in(self.folders)
         return self.entries
 
     @property
@@ -69,12 +78,41 @@ class Library:
             self._uploads[entry.id] = entry
         return entry
 
+    def save_preset(self, name: str, factors: Factors) -> None:
+        """Write block weights into the first folder's presets, in place of those that had the name there.
+
+        SdloraError: the name is none, or another preset's; all factors are 1; the file cannot be read or written.
+        """
+        name = name.strip()
+        if not name or not name.isprintable() or {*":#"} & {*name}:
+            raise SdloraError(f"{name!r} is no name of a preset; type one without : and # into the box of presets")
+        if name in presets_in(self.folders[1:]):
+            raise SdloraError(f"there is a preset {name} already; save yours under another name")
+        if not factors:
+            raise SdloraError("all blocks have the factor 1; set some of them, then save the preset")
+        text = write_presets({name: write_factors(factors)})
+        file = self.folders[0] / PRESET_FILE
+        with self._lock:
+            presets_in(self.folders)  # a file that cannot be read is told, not written over
+            try:
+                kept = _without(name, file.read_bytes().decode("utf-8-sig")) if file.exists() else ""
+                replace_file(file, lambda partial: partial.write_bytes((kept + text).encode("utf-8")))
+            except OSError as error:
+                raise SdloraError(f"{file} cannot be written ({error.strerror}); make its folder writable") from error
+            self.presets = presets_in(self.folders)
+
     def path(self, id: str) -> Path:
         """The file of an id; SdloraError for an id that is not (or no longer) in the library."""
         known = {entry.id: entry.path for entry in self.entries}
         if id not in known:
             raise SdloraError("that LoRA is not in the library any more; choose another one")
         return known[id]
+
+
+def _without(name: str, text: str) -> str:
+    """The lines of a presets file but for that preset's, each with its end."""
+    kept = "".join(line for line in text.splitlines(keepends=True) if name not in read_presets(line))
+    return kept if not kept or kept.endswith("\n") else f"{kept}\n"
 
 
 def label(text: str) -> str:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from sdlora.formats.block_weights import absent
 from sdlora.generation.job import Job
+from sdlora.generation.notes import left_out
 from sdlora.generation.png import save, save_sheet
 from sdlora.generation.render import Picture, Progress
 from sdlora.mixing.mixer import Mixer
@@ -95,17 +94,11 @@ def build(bar: gr.HTML) -> Outcome:
     return Outcome(bar, gallery, details, shots)
 
 
-def left_out(mixer: Mixer, job: Job) -> str:
-    """What of the job's LoRAs, which the mixer holds, does nothing; "" if all does something."""
-    notes = []
-    for lora in job.loras:
-        receipt = mixer.receipt(lora.path)
-        if receipt and not receipt.complete:
-            notes.append(f"{receipt.summary()}.")
-        if lora.blocks and len(absent(lora.blocks, mixer.architecture)) == len(lora.blocks):
-            label = mixer.architecture.label
-            notes.append(f"{Path(lora.path).stem}: its block weights do nothing, as {label} has none of these blocks.")
-    return " ".join(notes)
+def notes(mixer: Mixer, job: Job) -> str:
+    """Sentences on what of the job's LoRAs, which the mixer holds, does nothing; "" if all does something."""
+    receipts = filter(None, (mixer.receipt(lora.path) for lora in job.loras))
+    partly = [receipt.summary() for receipt in receipts if not receipt.complete]
+    return " ".join(f"{note}." for note in [*partly, *left_out(mixer, job)])
 
 
 def bar(at: Progress, total: int) -> str:

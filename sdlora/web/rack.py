@@ -11,9 +11,9 @@ from sdlora.errors import SdloraError
 from sdlora.formats.architectures import Architecture
 from sdlora.formats.read import read
 from sdlora.mixing.plan import LoraWeight
-from sdlora.web import markup
+from sdlora.web import blocks, markup
 from sdlora.web import row as rows_
-from sdlora.web.events import LATEST, QUIET, toasted
+from sdlora.web.events import LATEST, QUIET, toasted, warned
 from sdlora.web.row import Row
 from sdlora.web.studio import Studio
 
@@ -69,7 +69,7 @@ class Rack:
 
 def build(studio: Studio, model: gr.Dropdown) -> Rack:
     """Lay the rack out and wire it up. model: the widget that holds the base model's name."""
-    rows = tuple(rows_.build(i) for i in range(ROWS))
+    rows = tuple(rows_.build(i, lambda: studio.library.presets) for i in range(ROWS))
     with gr.Row(elem_classes="rack-buttons"):
         add = gr.Button("Add a LoRA", size="sm", min_width=80, elem_id="add-lora")
         upload = gr.UploadButton("Upload", size="sm", min_width=80, file_types=[".safetensors"], elem_id="upload-lora")
@@ -92,16 +92,11 @@ def build(studio: Studio, model: gr.Dropdown) -> Rack:
 
 def on_load(rack: Rack) -> list[Any]:
     """What a page that opens shows: the library as it is now."""
-    rack.studio.library.scan()
-    return [*_choices(rack), *(_invitation(rack) for _ in rack.rows)]
+    return [*_found(rack), *(_invitation(rack) for _ in rack.rows)]
 
 
 def _wire(rack: Rack) -> None:
-    lists, boxes = [row.lora for row in rack.rows], [row.box for row in rack.rows]
-
-    def offer() -> list[Any]:
-        rack.studio.library.scan()
-        return _choices(rack)
+    lists, boxes, presets = ([getattr(row, name) for row in rack.rows] for name in ("lora", "box", "preset"))
 
     def add(shown: tuple[int, ...]) -> list[Any]:
         free = next((i for i in range(ROWS) if i not in shown), None)
@@ -120,7 +115,7 @@ def _wire(rack: Rack) -> None:
         lists[place] = gr.Dropdown(choices=_pairs(rack), value=entry.id)
         return [*_show((*shown, place)), *lists]
 
-    rack.refresh.click(offer, None, lists, **QUIET)
+    rack.refresh.click(lambda: _found(rack), None, [*lists, *presets], **QUIET)
     rack.add.click(add, rack.shown, [rack.shown, *boxes], **QUIET)
     rack.upload.upload(upload, [rack.upload, rack.shown, *lists], [rack.shown, *boxes, *lists], **QUIET)
     rack.compose.change(
@@ -148,6 +143,12 @@ def _wire_row(rack: Rack, row: Row) -> None:
     def tell(values: dict[Any, Any]) -> dict[Any, Any]:
         return row.told(values, _architecture(rack, values, row))
 
+    def save(name: str | None, text: str) -> list[Any]:
+        with toasted():
+            library = rack.studio.library
+            library.save_preset(name or "", blocks.read(text, library.presets))
+        return _presets(rack)
+
     def remove(shown: tuple[int, ...]) -> dict[Any, Any]:
         left = tuple(i for i in shown if i != index)
         boxes = {other.box: gr.Column(visible=i in left) for i, other in enumerate(rack.rows)}
@@ -160,6 +161,8 @@ def _wire_row(rack: Rack, row: Row) -> None:
     begun = row.follows.input(lambda weight: [weight] * len(encoders), row.weight, encoders, **QUIET)
     begun.then(tell, told, shows, **QUIET, **in_order)
     gr.on([widget.change for widget in row.settings[1:]], tell, told, shows, **LATEST, **in_order)
+    saved = row.save.click(save, [row.preset, row.blocks.text], [one.preset for one in rack.rows], **QUIET)
+    saved.then(tell, told, shows, **QUIET, **in_order)
     row.remove.click(remove, rack.shown, [rack.shown, *(one.box for one in rack.rows), *row.defaults], **QUIET)
 
 
@@ -179,6 +182,17 @@ def _pairs(rack: Rack) -> list[tuple[str, str]]:
 
 def _choices(rack: Rack) -> list[Any]:
     return [gr.Dropdown(choices=_pairs(rack)) for _ in rack.rows]
+
+
+def _presets(rack: Rack) -> list[Any]:
+    return [gr.Dropdown(choices=list(rack.studio.library.presets)) for _ in rack.rows]
+
+
+def _found(rack: Rack) -> list[Any]:
+    """What the rows have to choose from, looked for anew."""
+    with warned():
+        rack.studio.library.scan()
+    return [*_choices(rack), *_presets(rack)]
 
 
 def _show(shown: tuple[int, ...]) -> list[Any]:

@@ -1,6 +1,6 @@
 """A row of the rack: a LoRA, its weight, and in a fold all that can be said of it besides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from sdlora.formats.architectures import Architecture
 from sdlora.mixing.plan import LoraWeight
 from sdlora.mixing.schedule import parse_schedule
 from sdlora.web import blocks, markup, timing
+from sdlora.web.blocks import Presets
+from sdlora.web.written import Written
 
 WEIGHT = 0.8  # of a LoRA that has just been chosen
 LARGEST = 2.0  # that a slider can show, up and down
@@ -19,7 +21,7 @@ MORE = "more"
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One LoRA's widgets. follows: whether the text encoders have the weight of the UNet."""
+    """One LoRA's widgets. follows: whether the text encoders have the weight of the UNet; presets: of block weights."""
 
     box: gr.Column
     on: gr.Checkbox
@@ -30,8 +32,11 @@ class Row:
     more: gr.Accordion
     follows: gr.Checkbox
     encoders: Mapping[str, gr.Slider]
-    blocks: blocks.Blocks
-    timing: timing.Timing
+    blocks: Written
+    preset: gr.Dropdown
+    save: gr.Button
+    timing: Written
+    presets: Callable[[], Presets]
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -49,7 +54,7 @@ class Row:
         own = {self.on: True, self.lora: None, self.weight: WEIGHT, self.follows: True}
         encoders = {slider: gr.update(value=WEIGHT, visible=False) for slider in self.encoders.values()}
         return {
-            **own, **encoders, **self.blocks.defaults, **self.timing.defaults,
+            **own, **encoders, **self.blocks.defaults, self.preset: None, **self.timing.defaults,
             self.more: gr.update(label=MORE, open=False),
         }  # fmt: skip
 
@@ -65,7 +70,7 @@ class Row:
             unet=weight,
             text_encoder=own.get("text_encoder", weight),
             text_encoder_2=own.get("text_encoder_2") if "text_encoder_2" in components else None,
-            blocks=blocks.read(values[self.blocks.text]),
+            blocks=blocks.read(values[self.blocks.text], self.presets()),
             schedule=parse_schedule(values[self.timing.text]),
         )
 
@@ -76,19 +81,19 @@ class Row:
         """
         there = architecture.components if architecture else ("text_encoder",)
         apart = {one for name, one in self.encoders.items() if name in there and not values[self.follows]}
-        listed = values[self.blocks.text].strip()
-        texts = {"blocks": blocks.preset_of(listed) or listed, "schedule": values[self.timing.text].strip()}
+        presets, listed, times = self.presets(), values[self.blocks.text].strip(), values[self.timing.text].strip()
+        texts = {"blocks": blocks.preset_of(listed, presets) or listed, "schedule": times}
         changed = [f"{ENCODERS[name]} {values[one]:g}" for name, one in self.encoders.items() if one in apart]
         changed += [f"{name} {markup.cut(text)}" for name, text in texts.items() if text]
         return {
             **{slider: gr.Slider(visible=slider in apart) for slider in self.encoders.values()},
-            self.blocks.said: blocks.remark(texts["blocks"], architecture),
-            self.timing.said: timing.remark(texts["schedule"]),
+            self.blocks.said: blocks.remark(listed, architecture, presets),
+            self.timing.said: timing.remark(times),
             self.more: gr.Accordion(label=" · ".join((MORE, *changed))),
         }
 
 
-def build(index: int) -> Row:
+def build(index: int, presets: Callable[[], Presets]) -> Row:
     """Lay a row out; only the first is seen."""
     with gr.Column(visible=index == 0, elem_classes="lora-row", elem_id=f"lora-{index}") as box:
         with gr.Row(elem_classes="lora-head"):
@@ -102,8 +107,11 @@ def build(index: int) -> Row:
                 True, label="text encoders have the same weight", container=False, elem_classes="follows"
             )
             encoders = {name: _weight(label, name, visible=False) for name, label in ENCODERS.items()}
-            written, times = blocks.build(), timing.build()
-    return Row(box, on, lora, remove, weight, words, more, follows, encoders, written, times)
+            written, preset, save = blocks.build(presets)
+            times = timing.build()
+    return Row(
+        box, on, lora, remove, weight, words, more, follows, encoders, written, preset, save, times, presets
+    )  # fmt: skip
 
 
 def _weight(label: str, kind: str, visible: bool = True) -> gr.Slider:

@@ -1,31 +1,14 @@
 """The schedule of a row: the text box is what counts; two sliders, from and to, write into it."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import gradio as gr
 
 from sdlora.errors import SdloraError
 from sdlora.mixing.schedule import parse_schedule, window
 from sdlora.web import markup
+from sdlora.web.written import Written, wired
 
 
-@dataclass(frozen=True, eq=False)
-class Timing:
-    """The widgets. said: the error in the text, or the curve that it draws."""
-
-    text: gr.Textbox
-    start: gr.Slider
-    stop: gr.Slider
-    said: gr.HTML
-
-    @property
-    def defaults(self) -> dict[Any, Any]:
-        """What an empty row shows."""
-        return {self.text: "", self.start: 0.0, self.stop: 1.0, self.said: ""}
-
-
-def build() -> Timing:
+def build() -> Written:
     """Lay the widgets out and wire them up."""
     with gr.Row():
         text = gr.Textbox(
@@ -38,11 +21,7 @@ def build() -> Timing:
             )
             for label, at in (("from", 0.0), ("to", 1.0))
         )
-    said = gr.HTML("", elem_classes="said")
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
-    gr.on([text.input, text.blur], shown, text, [start, stop], **quiet)  # pasting is seen when the box is left
-    gr.on([start.input, stop.input], _slid, [start, stop], text, **quiet)
-    return Timing(text, start, stop, said)
+    return wired(text, (start, stop), shown, slid)
 
 
 def shown(text: str) -> tuple[float, float]:
@@ -55,6 +34,11 @@ def shown(text: str) -> tuple[float, float]:
         return 0.0, 1.0
 
 
+def slid(_: str, start: float, stop: float) -> str:
+    """The text when the sliders have come to stand there, whatever it was."""
+    return "" if (start, stop) == (0, 1) else f"{start:g}-{stop:g}"
+
+
 def remark(text: str) -> str:
     """HTML: the error in the text, or its curve."""
     try:
@@ -63,7 +47,3 @@ def remark(text: str) -> str:
         return markup.fault(str(error))
     points = schedule.points
     return markup.curve([(0.0, points[0][1]), *points, (1.0, points[-1][1])]) if points else ""
-
-
-def _slid(start: float, stop: float) -> str:
-    return "" if (start, stop) == (0, 1) else f"{start:g}-{stop:g}"

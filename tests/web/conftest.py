@@ -24,7 +24,7 @@ from tests.tiny import tiny_folder
 from tests.web.pages import Open
 
 WAIT = 60_000  # milliseconds, for the slowest machine
-SERVE = "from sdlora.web.app import serve; serve(models=[{!r}], libraries=[{!r}], output={!r}, port={})"
+SERVE = "from sdlora.web.app import serve; serve(models={!r}, libraries=[{!r}], output={!r}, port={})"
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +32,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Toybox, or a tiny model with random weights where it is not there."""
     there = (toybox.path() / "model_index.json").is_file()
     return "toybox" if there else str(tiny_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def other_model(model: str) -> str:
+    """The same by another name."""
+    return str(toybox.path() if model == "toybox" else Path(model, "..", Path(model).name))
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +54,13 @@ def library(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory: pytest.TempPathFactory, model: str, library: Path) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, model: str, other_model: str, library: Path) -> Iterator[str]:
     """The app's address while its process runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("app")
-    code = SERVE.format(model, str(library), str(folder / "pictures"), port)
+    code = SERVE.format([model, other_model], str(library), str(folder / "pictures"), port)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=log, stderr=log)
     try:

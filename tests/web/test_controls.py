@@ -32,6 +32,20 @@ def test_groups_are_written_by_their_names() -> None:
     assert blocks.slid("IN:0.5", [1, 1, 1, 1]) == ""
 
 
+def test_a_text_is_the_preset_that_has_its_factors() -> None:
+    presets = {**PRESETS, "half": "1,1,1,1,1,1,1,0.5,1,1,1,1,1,1,1,1,1", "other half": PRESETS["ALL0.5"], "bad": "1,2"}
+    assert blocks.preset_of("M00:0.5,OUT00-OUT02:0,IN00:0,IN03:0,IN06:0,IN09-IN11:0", presets) == "half"
+    assert blocks.preset_of(PRESETS["ALL0.5"], presets) == "ALL0.5"
+    assert blocks.preset_of(PRESETS["ALL0.5"], presets, "other half") == "other half", "the one that was chosen"
+    assert blocks.preset_of("other half", presets) and blocks.preset_of("", presets) is None
+    assert blocks.shown("half", presets)[2] == 0.5
+    assert "off, as the list" in blocks.remark("half", sd1(), presets)
+
+
+def test_no_digit_of_a_factor_is_lost_when_a_slider_moves() -> None:
+    assert blocks.slid("IN:0.1234567", [1, 0.12, 0.5, 1]) == "IN:0.1234567,MID:0.5"
+
+
 def test_blocks_named_in_vain_and_switched_off_unsaid_are_told() -> None:
     assert "OUT09" in blocks.remark("OUT09:0.5", sdxl())
     assert not blocks.remark("OUT:0.5", sdxl()), "a group is of the blocks that are there"
@@ -63,7 +77,7 @@ def test_the_bar_counts_all_pictures_of_a_batch() -> None:
 @pytest.fixture(scope="module")
 def one_row() -> row.Row:
     with gr.Blocks():
-        return row.build(0)
+        return row.build(0, lambda: PRESETS)
 
 
 def _values(one: row.Row, **changed: Any) -> dict[Any, Any]:

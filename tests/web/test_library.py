@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from sdlora.errors import SdloraError
+from sdlora.formats.block_weights import PRESET_FILE, PRESETS, Factors, read_factors, write_factors
 from sdlora.web.library import Library, label
+
+HALF = PRESETS["ALL0.5"]
 
 
 def _file(path: Path) -> Path:
@@ -61,6 +64,63 @@ def test_uploads_are_safetensors_only(tmp_path: Path) -> None:
 def test_a_library_that_is_no_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SdloraError, match="nowhere is no folder"):
         Library([tmp_path / "nowhere"])
+
+
+def test_presets_of_all_folders_are_offered_beside_the_built_in_ones(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / PRESET_FILE).write_text(f"of {name}:{HALF}\n")
+    library = Library([tmp_path / "a", tmp_path / "b"])
+    assert library.presets == {**PRESETS, "of a": HALF, "of b": HALF}
+
+
+def test_a_preset_is_saved_and_all_else_in_the_file_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / PRESET_FILE
+    library = Library([tmp_path])
+    library.save_preset(" mine ", (("IN04", 0.5),))
+    assert file.read_text() == f"mine:{write_factors((('IN04', 0.5),))}\n"
+    others = f"# lists of people\r\nmine, too:{HALF}\r\n\r\nlast:{HALF}"
+    file.write_bytes(f"mine:{HALF}\r\n{others}".encode())
+    library.save_preset("mine", (("OUT03", 0.0),))
+    assert file.read_bytes().decode() == f"{others}\nmine:{write_factors((('OUT03', 0.0),))}\n"
+    assert read_factors("mine", library.presets) == (("OUT03", 0.0),)
+    assert Library([tmp_path]).presets == library.presets
+    assert [path.name for path in tmp_path.iterdir()] == [PRESET_FILE]
+
+
+@pytest.mark.parametrize(
+    "name, factors, told",
+    [
+        ("", (("IN04", 0.5),), "no name of a preset"),
+        ("a:b", (("IN04", 0.5),), "without : and #"),
+        ("#a", (("IN04", 0.5),), "without : and #"),
+        ("a\nb", (("IN04", 0.5),), "no name of a preset"),
+        ("INS", (("IN04", 0.5),), "there is a preset INS already"),
+        ("theirs", (("IN04", 0.5),), "there is a preset theirs already"),
+        ("mine", (), "all blocks have the factor 1"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused(tmp_path: Path, name: str, factors: Factors, told: str) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "b" / PRESET_FILE).write_text(f"theirs:{HALF}\n")
+    library = Library([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(SdloraError, match=told):
+        library.save_preset(name, factors)
+    assert not (tmp_path / "a" / PRESET_FILE).exists()
+
+
+def test_presets_that_cannot_be_read_are_told_and_never_written_over(tmp_path: Path) -> None:
+    library = Library([tmp_path])
+    _file(tmp_path / "style.safetensors")
+    (tmp_path / PRESET_FILE).write_text("mine:1,0\n")
+    with pytest.raises(SdloraError, match="line 1"):
+        library.scan()
+    assert [entry.label for entry in library.entries] == ["style"], "LoRAs are found all the same"
+    assert library.presets == PRESETS
+    with pytest.raises(SdloraError, match="line 1"):
+        library.save_preset("mine", (("IN04", 0.5),))
+    assert (tmp_path / PRESET_FILE).read_text() == "mine:1,0\n"
 
 
 def test_names_cannot_break_or_reverse_a_line() -> None:

@@ -1,9 +1,11 @@
 """The controls of a mix, worked in a real browser: what they say stands in the picture's own job."""
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sdlora.formats.block_weights import PRESET_FILE
 from sdlora.mixing.plan import LoraWeight
 from sdlora.mixing.schedule import parse_schedule, window
 from tests.web.pages import Open, choose_lora, file_shown, generate, job_shown, set_number, unfold
@@ -21,6 +23,19 @@ def compare(page: Any, shown: int) -> None:
     page.locator("#compare-go").click()
     page.wait_for_function("count => document.querySelectorAll('#gallery img').length == count", arg=shown)
     page.locator("#compare-go").wait_for()
+
+
+def choose_model(page: Any, name: str) -> None:
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name=name).click()
+    page.wait_for_function("() => !document.querySelector('[role=option]')")
+
+
+def save_preset(page: Any, name: str) -> None:
+    """The blocks of the first row, under a name that is typed."""
+    page.locator("#lora-0 .preset input").fill(name)
+    page.locator("#lora-0 .preset input").press("Enter")
+    page.locator("#lora-0 .save-preset").click()
 
 
 def with_alpha(open_page: Open, steps: int = 2) -> Any:
@@ -72,6 +87,28 @@ def test_block_presets_sliders_and_text_say_the_same(open_page: Open) -> None:
     generate(page)
     assert job_shown(page).loras[0].blocks == (("OUT11", 0.5),)
     assert job_shown(page).loras[0].schedule == parse_schedule("0:0, 0.5:1, 1:0")
+
+
+def test_a_saved_preset_is_there_for_all_pages_and_gives_the_same_job(open_page: Open, library: Path) -> None:
+    page = with_alpha(open_page)
+    unfold(page, "#lora-0 .lora-more")
+    write(page, "#lora-0 .blocks-text", "IN01:0.5,OUT:0.2")
+    page.get_by_text("more · blocks IN01:0.5,OUT:0.2").wait_for()
+    for name, told in (("a:b", "'a:b' is no name of a preset"), ("INS", "there is a preset INS already")):
+        save_preset(page, name)
+        page.locator(".toast-body", has_text=told).wait_for()
+    write(page, "#lora-0 .blocks-text", "IN01:0.5,OUT:0.2")  # as a known name was typed, it has been filled in
+    save_preset(page, "my own")
+    page.get_by_text("more · blocks my own").wait_for()
+    picture, job = generate(page), job_shown(page)
+    again = with_alpha(open_page)
+    unfold(again, "#lora-0 .lora-more")
+    again.locator("#lora-0 .preset input").click()
+    again.get_by_role("option", name="my own").click()
+    again.get_by_text("more · blocks my own").wait_for()
+    assert generate(again) == picture
+    assert job_shown(again) == job
+    (library / PRESET_FILE).unlink()
 
 
 def test_what_is_refused_is_said_in_the_fold_and_when_it_is_asked_for(open_page: Open) -> None:
@@ -168,7 +205,7 @@ def test_a_comparison_can_be_cancelled_within_a_step(open_page: Open) -> None:
     generate(page)
 
 
-def test_equalised_weights_are_offered_and_taken_only_when_wanted(open_page: Open) -> None:
+def test_equalised_weights_are_offered_and_taken_only_when_wanted(open_page: Open, other_model: str) -> None:
     page = with_alpha(open_page)
     page.locator("#add-lora").click()
     choose_lora(page, 1, "loud")
@@ -177,6 +214,9 @@ def test_equalised_weights_are_offered_and_taken_only_when_wanted(open_page: Ope
     page.locator("#offer", has_text="of one size at the weights alpha").wait_for()
     assert "loud is" in page.locator("#offer").inner_text(), "which of them drowns the other"
     assert [weight.input_value() for weight in weights] == ["0.8", "0.8"]
+    choose_model(page, other_model)
+    page.locator("#offer").wait_for(state="hidden")
+    page.locator("#equalise").click()
     page.locator("#apply-equalised").click()
     page.locator("#offer").wait_for(state="hidden")
     alpha, loud = (float(weight.input_value()) for weight in weights)
