@@ -59,7 +59,7 @@ class GenerateFlags:
 
     prompt: str = field(metadata={"help": "what to paint"})
     lora: list[str] | None = flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
-    library: list[str] | None = flag(None, "folder with the LoRAs that tags in the prompt name [default: outputs]")
+    library: list[str] | None = flag(None, "folder with LoRAs that tags name, and lbwpresets.txt [default: outputs]")
     compose: str = flag("sum", "how several LoRAs come together: sum, switch (in turns) or composite (mean)")
     switch_every: Whole = flag(1, "with --compose switch: steps after which the next LoRA has its turn")
     ladder: str | None = flag(None, "weights of the first --lora, a picture each, such as 0,0.25,0.5; a sheet of all")

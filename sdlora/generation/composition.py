@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sdlora.formats.block_weights import BLOCKS
 from sdlora.generation.job import Job
@@ -48,6 +49,8 @@ def grid(job: Job, first: int, weights: Sequence[float], second: int, others: Se
 
 def _weighed(job: Job, index: int, weight: float) -> Job:
     lora = job.loras[index]
-    follow = {name: weight for name in ("text_encoder", "text_encoder_2") if getattr(lora, name) == lora.unet}
+    follow: dict[str, Any] = {
+        name: weight for name in ("text_encoder", "text_encoder_2") if getattr(lora, name) == lora.unet
+    }
     moved = replace(lora, unet=weight, on=True, **follow)
     return replace(job, loras=(*job.loras[:index], moved, *job.loras[index + 1 :]))

@@ -70,6 +70,23 @@ def test_generate_compares_weights_and_takes_tags(tmp_path: Path, capsys: pytest
     assert "sheet" in sheet.name and Image.open(sheet).size[0] > 2 * 64
 
 
+def test_generate_knows_the_presets_of_its_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, library = tiny_folder(tmp_path / "tiny"), tmp_path / "loras"
+    for seed, name in enumerate(("one", "two")):
+        adapter = random_adapter(components_of(tiny_pipeline()), seed, suffix="to_q")
+        write(adapter, library / f"{name}.safetensors", "kohya")
+    (library / "lbwpresets.txt").write_text("MINE:0.5,1,1,1,1,1,1,1,1,1,1,0.25\n")
+    command = ["generate", "a cat <lora:two:lbw=MINE>", "--lora", f"{library / 'one.safetensors'}:blocks=MINE"]
+    command += ["--library", str(library), "--model", str(model), "--steps", "1", "--size", "64"]
+    cli.main([*command, "--output", str(tmp_path / "out")])
+    job = read_job(Path(capsys.readouterr().out.splitlines()[-1]))
+    assert [(dict(lora.blocks)["BASE"], dict(lora.blocks)["OUT05"]) for lora in job.loras] == [(0.5, 0.25)] * 2
+    (library / "lbwpresets.txt").write_text("MINE:0.5,1\n")
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert f"{library / 'lbwpresets.txt'}, line 1: MINE: 2 numbers" in capsys.readouterr().err
+
+
 def test_generate_writes_pictures_that_carry_their_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_folder(tmp_path / "tiny")
     cli.main(
