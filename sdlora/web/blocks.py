@@ -22,15 +22,14 @@ HIGHEST = 2.0  # of a slider; the text takes any number
 
 def build(presets: Callable[[], Presets]) -> tuple[Written, gr.Dropdown, gr.Button]:
     """Lay the widgets out and wire them up, but for the button that saves the text under the name in the dropdown."""
-    with gr.Row(elem_classes="blocks-head"):
-        text = gr.Textbox(
-            "", label="blocks", placeholder="IN04:0.5,OUT:0 or an lbw list", max_length=1000, min_width=120,
-            elem_classes="blocks-text",
-        )  # fmt: skip
+    text = gr.Textbox(
+        "", label="blocks", placeholder="IN04:0.5,OUT:0 or an lbw list", max_length=1000, elem_classes="blocks-text"
+    )
+    with gr.Row(elem_classes="preset-row"):
         preset = gr.Dropdown(
             list(presets()), value=None, label="preset", allow_custom_value=True, min_width=90, elem_classes="preset"
         )
-        save = gr.Button("Save", size="sm", scale=0, min_width=56, elem_classes="save-preset")
+        save = gr.Button("Save", size="sm", scale=0, min_width=64, elem_classes="save-preset")
     with gr.Row():
         sliders = tuple(
             gr.Slider(
