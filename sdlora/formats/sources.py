@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +55,16 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
 def loras_below(place: Path) -> Iterator[Path]:
     """Each LoRA below a folder: .safetensors files; as one, PEFT folders and those with one for each component.
 
-    Hidden ones are left out. A file is its own.
+    Hidden ones are left out. Links to folders are followed, each folder is looked at once. A file is its own.
     """
     if not place.is_dir():
         yield place
-    for folder, below, names in os.walk(place):
+    seen: set[str] = set()
+    for folder, below, names in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         parts = [name for name in COMPONENTS if name in below and Path(folder, name, CONFIG).is_file()]
         if parts and CONFIG not in names:
             yield Path(folder)
@@ -80,6 +86,18 @@ def name_of(path: Path, place: Path | None = None) -> str:
     """What a LoRA is called: its path below a place, or the last part of it alone, without .safetensors."""
     name = path.relative_to(place).as_posix() if place and path != place else path.name
     return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
+
+
+def names_below(found: Iterable[tuple[Path, Path]]) -> dict[Path, str]:
+    """What LoRAs are called, given with the places where they were found: their paths below these.
+
+    Where that is the same for several, the place's own name stands before it.
+    """
+    places = dict(found)
+    names = {path: name_of(path, place) for path, place in places.items()}
+    several = {name for name, count in Counter(names.values()).items() if count > 1}
+    folders = {path: (place if place != path else place.parent).resolve().name for path, place in places.items()}
+    return {path: f"{folders[path]}/{name}" if name in several else name for path, name in names.items()}
 
 
 def split_path(text: str) -> tuple[str, str]:

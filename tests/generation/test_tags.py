@@ -282,9 +282,33 @@ def test_a_name_that_two_files_share_is_an_error_only_when_it_is_used(tmp_path: 
             lora_weights(take_tags(tag)[1], names, 20)
 
 
+def test_what_two_libraries_have_under_one_name_is_called_by_the_library_too(tmp_path: Path):
+    for file in ("one/in/a.safetensors", "two/in/a.safetensors", "one/b.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    names = names_of([tmp_path / "one", tmp_path / "two"])
+    assert names["one/in/a"] == tmp_path / "one/in/a.safetensors" and names["b"] == tmp_path / "one/b.safetensors"
+    with pytest.raises(SdloraError, match="several LoRAs are called 'a': one/in/a, two/in/a; write one of these"):
+        names["a"]
+
+
+def test_links_are_followed_and_end(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.safetensors").touch()
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/sub").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "library")
+    assert dict(names_of([tmp_path / "library"])) == {
+        name: tmp_path / "library/sub/a.safetensors" for name in ("a", "sub/a")
+    }
+
+
 def test_the_same_file_by_two_ways_is_one(tmp_path: Path):
     (tmp_path / "a.safetensors").touch()
-    assert names_of([tmp_path, tmp_path / "a.safetensors"])["a"] == tmp_path / "a.safetensors"
+    (tmp_path / "b.safetensors").symlink_to(tmp_path / "a.safetensors")
+    (tmp_path / "again").symlink_to(tmp_path)
+    names = names_of([tmp_path, tmp_path / "again", tmp_path / "a.safetensors"])
+    assert dict(names) == {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors"}
 
 
 # Hostile prompts

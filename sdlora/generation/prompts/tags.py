@@ -7,6 +7,7 @@ that is no number, a tag that never ends.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 from sdlora.errors import SdloraError, nearest
 from sdlora.formats.block_weights import PRESETS, Factors, read_factors, write_factors
 from sdlora.formats.numbers import short
-from sdlora.formats.sources import SUFFIX, loras_below, name_of
+from sdlora.formats.sources import SUFFIX, loras_below, name_of, names_below
 from sdlora.generation.job import Job
 from sdlora.mixing.plan import LoraWeight
 from sdlora.mixing.schedule import Schedule, parse_schedule, progress_of, window
@@ -308,7 +309,11 @@ class Names(Mapping[str, Path]):
 def names_of(places: Iterable[Path | str]) -> Names:
     """The LoRAs at these places and below them, by name and by their path below the place, with / and no suffix.
 
-    places: files, PEFT folders, and folders that hold such; hidden ones are left out.
+    places: files, PEFT folders, and folders that hold such; hidden ones are left out. What lies below two of them under
+    one name, has the place's name before it; what is found twice, counts once.
     """
-    found = ((path, place) for place in map(Path, places) for path in loras_below(place))
-    return Names((path, dict.fromkeys((name_of(path), name_of(path, place)))) for path, place in found)
+    found: dict[tuple[str, str], tuple[Path, Path]] = {}
+    for place in map(Path, places):
+        for path in loras_below(place):
+            found.setdefault((os.path.realpath(path), name_of(path)), (path, place))
+    return Names((path, dict.fromkeys((name_of(path), name))) for path, name in names_below(found.values()).items())
