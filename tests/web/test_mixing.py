@@ -34,7 +34,6 @@ def choose_model(page: Any, name: str) -> None:
 def save_preset(page: Any, name: str) -> None:
     """The blocks of the first row, under a name that is typed."""
     page.locator("#lora-0 .preset input").fill(name)
-    page.locator("#lora-0 .preset input").press("Enter")
     page.locator("#lora-0 .save-preset").click()
 
 
