@@ -10,7 +10,7 @@ from pathlib import Path
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
 from sdlora.formats.block_weights import PRESET_FILE, Factors, presets_in, read_presets, write_factors, write_presets
-from sdlora.formats.sources import SUFFIX, files_of, loras_below, name_of
+from sdlora.formats.sources import SUFFIX, files_of, loras_below, name_of, names_below
 from sdlora.generation.prompts.tags import Names
 
 
@@ -44,14 +44,15 @@ class Library:
 
         SdloraError: presets cannot be read; they, and they only, are left as they were.
         """
-        found = {}
-        for root in (folder.resolve() for folder in self.folders):
-            for path in sorted(loras_below(root)):
-                if all(file.is_file() and file.resolve().is_relative_to(root) for file in files_of(path)):
-                    entry = Entry(_id(path), label(name_of(path, root)), path)
-                    found[entry.id] = entry
+        found = [
+            (path, root)
+            for root in (folder.resolve() for folder in self.folders)
+            for path in sorted(loras_below(root))
+            if all(file.is_file() and file.resolve().is_relative_to(root) for file in files_of(path))
+        ]
+        entries = [Entry(_id(path), label(name), path) for path, name in names_below(found).items()]
         with self._lock:
-            self._found = found
+            self._found = {entry.id: entry for entry in entries}
         self.presets: Mapping[str, str] = presets_in(self.folders)
         return self.entries
 

@@ -27,6 +27,14 @@ def test_finished_files_below_the_folder_are_offered(tmp_path: Path) -> None:
     assert library.path(library.entries[1].id) == tmp_path / "zib.safetensors"
 
 
+def test_what_two_folders_have_under_one_name_is_told_apart(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        _file(tmp_path / folder / "style.safetensors")
+    library = Library([tmp_path / "one", tmp_path / "two"])
+    assert [entry.label for entry in library.entries] == ["one/style", "two/style"]
+    assert library.names["two/style"] == tmp_path / "two" / "style.safetensors"
+
+
 def test_a_folder_of_peft_is_one_lora(tmp_path: Path) -> None:
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         _file(tmp_path / "library" / "v1.5" / file)
