@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import compress, groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from sdlora.generation.composition import voices
 from sdlora.generation.job import SCHEDULERS, Job
 from sdlora.generation.prompts.encode import Remembered, encode, encode_negative
 from sdlora.generation.prompts.syntax import Part, negative_of, parts_of
-from sdlora.generation.prompts.tags import refuse_tags
+from sdlora.generation.prompts.tags import refuse_tags, tag_of
 from sdlora.mixing.mixer import Mixer
 from sdlora.mixing.placement import obstacle
 from sdlora.mixing.plan import Plan
@@ -106,9 +106,20 @@ def _events(mixer: Mixer, batches: Iterable[list[Job]]) -> Iterator[Progress | P
         for step, latents in enumerate(denoise(mixer, batch, scheduler), start=1):  # noqa: B007 the last are decoded
             yield Progress(done, step, steps, len(batch))
         assert latents is not None
-        for one, job in zip(latents, batch, strict=True):
+        finite = [bool(torch.isfinite(one).all()) for one in latents]
+        for one, job in compress(zip(latents, batch, strict=True), finite):
             yield Picture(decode(mixer.pipeline, one[None]), job)
+        if not all(finite):
+            raise _nan(job for job, fine in zip(batch, finite, strict=True) if not fine)
         done += len(batch)
+
+
+def _nan(jobs: Iterable[Job]) -> SdloraError:
+    """Of the jobs that gave no picture, with the weights of their LoRAs."""
+    mixes = (" ".join(tag_of(lora, job.steps) for lora in job.loras if lora.on) for job in jobs)
+    told = " and ".join(f"with {mix}" for mix in dict.fromkeys(mixes) if mix)
+    why = f"the picture has become nan {told}".strip()
+    return SdloraError(f"{why}; use smaller LoRA weights, less guidance or another scheduler")
 
 
 def hold(mixer: Mixer, batch: Sequence[Job]) -> list[Job]:
@@ -183,8 +194,6 @@ def scheduler_for(pipeline: Any, job: Job) -> Any:
 @torch.inference_mode()
 def decode(pipeline: Any, latents: Tensor) -> Image.Image:
     """The picture of latents (1, channels, height / 8, width / 8). In float32: SDXL's VAE overflows in float16."""
-    if not torch.isfinite(latents).all():
-        raise SdloraError("the picture has become nan; use smaller LoRA weights, less guidance or another scheduler")
     vae = pipeline.vae
     dtype, fixed = vae.dtype, bool(obstacle(vae))  # quantised or offloaded, it stays as it is
     latents = latents.float() / vae.config.scaling_factor

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdlora.errors import SdloraError
 from sdlora.formats.block_weights import BLOCKS
 from sdlora.formats.write import write
 from sdlora.generation.composition import grid, ladder, voices
@@ -82,6 +83,19 @@ def test_large_pictures_are_denoised_few_at_a_time(mixer: Mixer, loras, monkeypa
     monkeypatch.setattr("sdlora.generation.render.AT_ONCE", 3 * 64 * 48 + 1)
     events = render(mixer, *ladder(replace(JOB, loras=loras[:1]), 0, [0, 1, 2, 3, 4]))
     assert [event.together for event in events if isinstance(event, Progress) and event.step == 1] == [3, 2]
+
+
+def test_pictures_beside_one_that_becomes_nan_are_given_out_and_its_weights_are_named(mixer: Mixer, loras):
+    jobs = ladder(replace(JOB, loras=loras[:2]), 0, [0.25, 1e30, 0.5, -1e30])
+    found: list[Picture] = []
+    with pytest.raises(SdloraError) as error:
+        found.extend(event for event in render(mixer, *jobs) if isinstance(event, Picture))
+    assert [picture.job.loras[0].unet for picture in found] == [0.25, 0.5]
+    assert str(error.value) == (
+        "the picture has become nan with <lora:0:0.2:1e+30> <lora:1:0.2:0.4> and with "
+        "<lora:0:0.2:-1e+30> <lora:1:0.2:0.4>; use smaller LoRA weights, less guidance or another scheduler"
+    )
+    assert not mixer.lock.locked()
 
 
 def test_jobs_that_differ_in_more_than_weights_are_rendered_one_by_one(mixer: Mixer, loras):
