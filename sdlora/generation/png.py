@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 import sdlora
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
+from sdlora.formats.numbers import short
 from sdlora.formats.sources import name_of
 from sdlora.generation.job import SCHEDULERS, Job
 from sdlora.generation.prompts.tags import tag_of
@@ -69,7 +70,7 @@ def read_job(path: Path) -> Job:
 
 
 def parameters(job: Job) -> str:
-    """The job in the form A1111 writes and reads ("infotext")."""
+    """The job in the form A1111 writes and reads ("infotext"). Bytes of file names that are no text are spelled out."""
     lines = [" ".join([job.prompt, *(tag_of(lora, job.steps) for lora in job.loras if lora.on)])]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
@@ -77,17 +78,22 @@ def parameters(job: Job) -> str:
     fields = {
         "Steps": job.steps,
         "Sampler": sampler,
-        "CFG scale": f"{job.guidance_scale:g}",
+        "CFG scale": short(job.guidance_scale),
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Model": name_of(Path(job.model)),
     }
     known_by = {re.sub("[:,]", "", name_of(Path(lora.path))): lora.autov3[:12] for lora in job.loras if lora.autov3}
     if known_by:
-        hashes = ", ".join(f"{name}: {autov3}" for name, autov3 in known_by.items())
-        fields["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+        fields["Lora hashes"] = ", ".join(f"{name}: {autov3}" for name, autov3 in known_by.items())
     fields["Version"] = f"sdlora {sdlora.__version__}"
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in fields.items())])
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _quoted(value: str) -> str:
+    """As A1111 does: what would end a value or a line stands in quotes."""
+    return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
 def _words(prompt: str) -> str:
