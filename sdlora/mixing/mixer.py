@@ -44,8 +44,8 @@ class Mixer:
     until it is unloaded, whatever its weight. If a change fails midway, nothing is applied any more: the state is
     "base", and the adapters stay at hand.
     model: the name of the base in plans; cache: bytes of adapters to keep in memory for when they are asked for again.
-    One job at a time: `render` and `using` hold `lock`. Meanwhile all others that would change the mix get SdloraError,
-    as they do from a second mixer over a model, or one that shares a part of it, while the first has LoRAs.
+    One job at a time: `render` and `using` hold `lock`, and meanwhile whoever else would change the mix gets SdloraError.
+    So does a second mixer over the model, or over another that shares a part of it, while the first has LoRAs.
     """
 
     def __init__(self, pipeline: Any, model: str = "", cache: int = CACHE) -> None:
@@ -195,7 +195,8 @@ class Mixer:
         """With the plan applied, and nobody else's job between; afterwards what was in force before is again.
 
         That follows what adapters of the same names hold then, without those that are gone. steps: as for `apply`.
-        It waits for others' jobs. SdloraError: within another `using` of the same thread.
+        It waits for others' jobs, and for ever between two events of a `render` that nobody else goes on reading.
+        SdloraError: within another `using` of the same thread.
         """
         self.refuse_within()
         with self.lock:
