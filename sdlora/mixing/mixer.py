@@ -44,7 +44,7 @@ class Mixer:
     until it is unloaded, whatever its weight. If a change fails midway, nothing is applied any more: the state is
     "base", and the adapters stay at hand.
     model: the name of the base in plans; cache: bytes of adapters to keep in memory for when they are asked for again.
-    One job at a time: `render` and `using` hold `lock`, and meanwhile whoever else would change the mix gets SdloraError.
+    One job at a time: `render` and `using` hold `lock`; whoever else would change the mix meanwhile gets SdloraError.
     So does a second mixer over the model, or over another that shares a part of it, while the first has LoRAs.
     """
 
