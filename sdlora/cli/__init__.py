@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -40,7 +41,12 @@ FAILED, INTERRUPTED = 2, 130  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command (None: that of this process). Whatever a person can mend is one line on stderr and exit code 2."""
+    """Run a command (None: that of this process). Whatever a person can mend is one line on stderr and exit code 2.
+
+    What the terminal has no letters for is printed escaped: names of files may hold anything.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(sys.argv[1:] if argv is None else list(argv))
     except UnusedCliTokensError as error:

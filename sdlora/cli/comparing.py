@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ def conflicts(*files: Lora, flags: Annotated[ConflictsFlags, Parameter(name="*")
     """Tell before LoRAs are mixed where they get in each other's way, and the weights at which they are of one size."""
     if len(files) < 2:
         raise SdloraError("conflicts are between LoRAs; name two files or more")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from sdlora.cli.show import escaped
     from sdlora.workbench.base_norms import default_cache
     from sdlora.workbench.conflicts import comparing

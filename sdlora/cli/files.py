@@ -52,7 +52,6 @@ def inspect(*files: Lora, flags: Annotated[InspectFlags, Parameter(name="*")] = 
 
     if not files:
         raise SdloraError("no LoRA is given; name at least one file")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     base = model_of(flags.base)
     told: list[dict[str, Any]] = []
     refused = False

@@ -1,7 +1,7 @@
 """The verbs that make LoRAs and pictures: train, generate, app and demo."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -53,16 +53,26 @@ def train(
     run_training(settings)
 
 
+LORA = (
+    "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that :unet=, :te=, :te2=, :blocks= and :schedule=, "
+    "such as FILE:0.8:te=0.4:blocks=OUTALL:schedule=0.2-0.8; repeat it to mix several"
+)
+LADDER = (
+    "weights of the first --lora, a picture each, such as 0,0.25,0.5, and a sheet of all; "
+    "text encoders that have the UNet's weight go along"
+)
+
+
 @dataclass(frozen=True)
 class GenerateFlags:
     """What `sdlora generate` is told."""
 
     prompt: str = field(metadata={"help": "what to paint"})
-    lora: list[str] | None = flag(None, "FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER; repeat it to mix several")
+    lora: list[str] | None = flag(None, LORA)
     library: list[str] | None = flag(None, "folder with LoRAs that tags name, and lbwpresets.txt [default: outputs]")
     compose: str = flag("sum", "how several LoRAs come together: sum, switch (in turns) or composite (mean)")
     switch_every: Whole = flag(1, "with --compose switch: steps after which the next LoRA has its turn")
-    ladder: str | None = flag(None, "weights of the first --lora, a picture each, such as 0,0.25,0.5; a sheet of all")
+    ladder: str | None = flag(None, LADDER)
     grid: str | None = flag(None, "weights of the second --lora, one row of the sheet each; with --ladder")
     partial: bool = flag(False, "take what fits of LoRAs that are for another model or not whole")
     negative_prompt: str = flag("", "what not to paint")
@@ -136,7 +146,7 @@ def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     jobs = flags.cells(job)
     mixer = open_mixer(job.model)
     hold(mixer, jobs[:1])
-    _tell_loras(mixer, job)
+    _tell_loras(mixer, jobs)
     pictures = []
     with tqdm(unit="step", leave=False, disable=None) as bar:
         for event in render(mixer, *jobs):
@@ -162,17 +172,18 @@ def _library(folders: list[str] | None) -> list[Path]:
     return [Path(folder) for folder in folders]
 
 
-def _tell_loras(mixer: Any, job: Job) -> None:
+def _tell_loras(mixer: Any, jobs: Sequence[Job]) -> None:
     """What of each LoRA is applied, which of its blocks are off, and which of its settings do nothing."""
+    from sdlora.cli.show import escaped
     from sdlora.generation.notes import left_out
 
-    notes = left_out(mixer, job)
-    for lora in job.loras:
-        print(mixer.receipt(lora.path).summary())
+    notes = [note for job in jobs for note in left_out(mixer, job)]
+    for lora in jobs[0].loras:
+        print(escaped(mixer.receipt(lora.path).summary()))
         off = [block for block, factor in lora.blocks if not factor and block in blocks_of(mixer.architecture)]
         notes += [f"{name_of(Path(lora.path))}: {', '.join(off)} switched off"] if off else []
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    for note in dict.fromkeys(notes):
+        print(f"note: {escaped(note)}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,12 @@ def voices(job: Job) -> Voices:
 
 def sings(lora: LoraWeight, steps: int) -> bool:
     """Whether the UNet gets anything of it in one of the steps."""
-    weighs = any(lora.at(("unet", block)) for block in BLOCKS)
-    return weighs and any(lora.schedule.at(progress_of(step, steps)) for step in range(steps))
+    return weighs(lora) and any(lora.schedule.at(progress_of(step, steps)) for step in range(steps))
+
+
+def weighs(lora: LoraWeight) -> bool:
+    """Whether it has a weight anywhere in the UNet, schedule aside."""
+    return any(lora.at(("unet", block)) for block in BLOCKS)
 
 
 def ladder(job: Job, index: int, weights: Sequence[float]) -> tuple[Job, ...]:

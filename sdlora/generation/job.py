@@ -96,34 +96,47 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-NAMED = ("unet", "te", "te2", "blocks", "schedule")
+# What can be said of a LoRA by name on the command line, and the field that it sets. lbw is the word of tags.
+NAMED = {
+    "unet": "unet",
+    "te": "text_encoder",
+    "te2": "text_encoder_2",
+    "blocks": "blocks",
+    "lbw": "blocks",
+    "schedule": "schedule",
+}
 
 
 def parse_lora(text: str, presets: Mapping[str, str] = PRESETS) -> LoraWeight:
-    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that, in any order, unet=, te=, te2=, blocks=, schedule=.
+    """FILE, FILE:WEIGHT or FILE:UNET:TEXT_ENCODER, and behind that, in any order, the words of NAMED, as in te=0.5.
 
-    Colons may stand in the name of a file, which ends in .safetensors, or of a folder. presets: those of blocks=.
+    One number is the text encoders' too, unless te= says theirs; unet= alone leaves them at 1. In blocks= and schedule=
+    @ may stand for a colon, as in tags. Colons may stand in the name of a file, which ends in .safetensors, or of a
+    folder. presets: those of blocks=. SdloraError: what is not understood, or said twice.
     """
     path, rest = split_path(text)
     bare, *named = re.split(r":(?=[a-z_0-9]+=)", rest)
     if len(bare.split(":")) > 3 or (rest and not rest.startswith(":")):
         raise SdloraError(f"--lora {text} is not understood; write FILE:0.8 or FILE:0.8:0.5 (UNet, text encoder)")
     values = [_weight(text, value) for value in bare.split(":")[1:]]
-    unet = values[0] if values else 1.0
-    settings: dict[str, Any] = {"unet": unet, "text_encoder": values[1] if len(values) > 1 else unet}
+    settings: dict[str, Any] = dict(zip(("unet", "text_encoder"), values, strict=False))
     for name, _, value in (one.partition("=") for one in named):
-        settings |= _setting(text, name, value, presets)
+        field = NAMED.get(name)
+        if field is None:
+            raise SdloraError(f"--lora {text}: {name}= is unknown{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
+        if field in settings:
+            raise SdloraError(f"--lora {text}: {name}= is given already, by place or by name; give it once")
+        settings[field] = _setting(text, field, value, presets)
+    settings.setdefault("text_encoder", values[0] if values else 1.0)
     return LoraWeight(path=path, **settings)
 
 
-def _setting(text: str, name: str, value: str, presets: Mapping[str, str]) -> dict[str, Any]:
-    if name == "blocks":
-        return {name: read_factors(value, presets)}
-    if name == "schedule":
-        return {name: parse_schedule(value)}
-    if name not in NAMED:
-        raise SdloraError(f"--lora {text}: {name}= is unknown{nearest(name, NAMED)}; there are {', '.join(NAMED)}")
-    return {name.replace("te", "text_encoder").replace("encoder2", "encoder_2"): _weight(text, value)}
+def _setting(text: str, field: str, value: str, presets: Mapping[str, str]) -> Any:
+    if field == "blocks":
+        return read_factors(value.replace("@", ":"), presets)
+    if field == "schedule":
+        return parse_schedule(value.replace("@", ":"))
+    return _weight(text, value)
 
 
 def _weight(text: str, value: str) -> float:

@@ -41,6 +41,7 @@ WRONG = {
     "generate cat --lora a.safetensors:nan": ["a.safetensors", "nan"],
     "generate cat --lora a.safetensors:1:2:3": ["a.safetensors:1:2:3"],
     "generate cat --lora a.safetensors:tee=1": ["tee=", "te"],
+    "generate cat --lora a.safetensors:0.5:unet=1": ["unet=", "once"],
     "generate cat --lora a.safetensors:blocks=INSS": ["INSS", "INS"],
     "generate cat --lora a.safetensors:schedule=later": ["later", "0.2-0.8"],
     "generate cat --compose sun": ["sun", "sum"],

@@ -1,6 +1,8 @@
 """Notes tell what was named and does nothing, and not what a list or group says of other models' blocks."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,55 @@ from tests.tiny import tiny_pipeline
 def test_what_was_named_is_told_and_what_a_list_says_of_other_models_is_not(text: str, blocks: tuple[str, ...]):
     assert in_vain(read_factors(text), sdxl()) == blocks
     assert in_vain(read_factors(text), sd1()) == ()
+
+
+@pytest.fixture(scope="module")
+def mixer() -> Mixer:
+    return Mixer(tiny_pipeline())
+
+
+@pytest.mark.parametrize(
+    ("told", "notes"),
+    [
+        ({"schedule": "0.11-0.12"}, ["1: the schedule is 0 at every step of 4, so the UNet gets nothing of it"]),
+        ({"schedule": "0.1-0.2"}, []),
+        ({"schedule": "0.11-0.12", "unet": 0.0}, []),
+        ({"schedule": "0.11-0.12", "on": False}, []),
+        (
+            {"text_encoder_2": 0.0},
+            ["1: the model has no second text encoder, so a weight of its own for that does nothing"],
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing_is_told_and_one_of_0_is_not(mixer: Mixer, told: dict[str, Any], notes: list[str]):
+    loras = (LoraWeight(path="0.safetensors"), LoraWeight(path="1.safetensors", **told))
+    assert left_out(mixer, Job(prompt="a cat", steps=4, loras=loras)) == notes
+
+
+def test_a_second_text_encoder_that_is_there_is_no_note():
+    job = Job(prompt="a cat", loras=(LoraWeight(path="a.safetensors", text_encoder_2=0.5),))
+    assert left_out(Mixer(tiny_pipeline("sdxl")), job) == []
+
+
+@pytest.mark.parametrize(
+    ("every", "schedule", "note"),
+    [
+        (1, "", None),
+        (
+            2,
+            "0-0.5",
+            "1: its turn never comes in 4 steps, 2 a turn while its schedule is not 0: the UNet gets nothing of it",
+        ),
+        (2, "0-0.8", None),
+        (4, "", "1: its turn never comes in 4 steps, 4 a turn: the UNet gets nothing of it"),
+        (4, "0.11-0.12", "1: the schedule is 0 at every step of 4, so the UNet gets nothing of it"),
+    ],
+)
+def test_a_turn_that_never_comes_is_told(mixer: Mixer, every: int, schedule: str, note: str | None):
+    loras = (LoraWeight(path="0.safetensors"), LoraWeight(path="1.safetensors", schedule=schedule))
+    job = Job(prompt="a cat", steps=4, loras=loras, compose="switch", switch_every=every)
+    assert left_out(mixer, job) == ([note] if note else [])
+    assert not any("turn" in one for one in left_out(mixer, replace(job, compose="composite")))
 
 
 def test_a_note_names_the_lora_the_model_and_the_blocks(tmp_path: Path):

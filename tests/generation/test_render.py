@@ -241,6 +241,11 @@ def test_settings_out_of_bounds_are_refused(settings, message):
         ("a.safetensors", LoraWeight(path="a.safetensors")),
         ("a.safetensors:0.8", LoraWeight(path="a.safetensors", unet=0.8, text_encoder=0.8)),
         ("C:/x:y.safetensors:-1:0.5", LoraWeight(path="C:/x:y.safetensors", unet=-1, text_encoder=0.5)),
+        ("a.safetensors:0.8:te=0.4", LoraWeight(path="a.safetensors", unet=0.8, text_encoder=0.4)),
+        ("a.safetensors:unet=0.8", LoraWeight(path="a.safetensors", unet=0.8)),
+        ("a.safetensors:lbw=IN04@0.5", LoraWeight(path="a.safetensors", blocks="IN04:0.5")),
+        ("a.safetensors:blocks=IN04:0.5,OUT:0:te=1", LoraWeight(path="a.safetensors", blocks="IN04:0.5,OUT:0")),
+        ("a.safetensors:schedule=0@0,1@1", LoraWeight(path="a.safetensors", schedule="0:0, 1:1")),
     ],
 )
 def test_loras_on_the_command_line(text, lora):
@@ -258,6 +263,12 @@ def test_a_folder_on_the_command_line_may_have_a_colon(tmp_path, monkeypatch):
 def test_weights_that_are_none(text):
     with pytest.raises(SdloraError):
         parse_lora(text)
+
+
+@pytest.mark.parametrize("said", ["0.5:unet=1", "0.5:1:te=1", "te=1:te=1", "blocks=INS:lbw=INS", "te2=0:te2=1"])
+def test_what_is_said_twice_of_a_lora_is_refused(said):
+    with pytest.raises(SdloraError, match=f"{said.rpartition(':')[2].partition('=')[0]}= is given already"):
+        parse_lora(f"a.safetensors:{said}")
 
 
 def test_sizes():
