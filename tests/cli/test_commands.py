@@ -1,6 +1,8 @@
 """Flags, TOML keys and fields are one; the verbs do what they say."""
 
+import sys
 from dataclasses import fields
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,25 @@ def test_generate_compares_weights_and_takes_tags(tmp_path: Path, capsys: pytest
     assert [[lora.unet for lora in job.loras] for job in jobs] == [[0, 0.5], [1, 0.5], [0, 1], [1, 1]]
     assert {job.prompt for job in jobs} == {"a cat"} and jobs[0].loras[1].schedule == window(0, 0.5)
     assert "sheet" in sheet.name and Image.open(sheet).size[0] > 2 * 64
+
+
+def test_generate_paints_with_files_whose_names_the_terminal_cannot_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, names = tiny_folder(tmp_path / "tiny"), ("тест", "caf\udce9", "red\u202eder")
+    command = ["generate", "a cat", "--model", str(model), "--steps", "2", "--size", "64", "--ladder", "0,1"]
+    for seed, name in enumerate(names):
+        write(random_adapter(components_of(tiny_pipeline()), seed, suffix="to_q"), tmp_path / f"{name}.safetensors")
+        command += ["--lora", f"{tmp_path / name}.safetensors:0.5:schedule=0.3-0.4"]
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(BytesIO(), "ascii"))
+    cli.main([*command, "--output", str(tmp_path / "out")])
+    sys.stdout.seek(0)
+    *told, first, _, _ = sys.stdout.read().splitlines()
+    shown = (r"\u0442\u0435\u0441\u0442", r"caf\udce9", r"red\u202eder")
+    assert [line.partition(".")[0] for line in told] == list(shown)
+    assert [Path(lora.path).stem for lora in read_job(Path(first)).loras] == list(names)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 3 and rf"note: {shown[2]}: the schedule is 0" in notes[1], "once for all cells"
 
 
 def test_generate_knows_the_presets_of_its_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
