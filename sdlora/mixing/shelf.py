@@ -128,5 +128,6 @@ def _stamps(path: Path) -> dict[Path, Stamp]:
     """What tells whether any of the files of a LoRA has changed."""
     try:
         return {file: stamp_of(file) for file in files_of(path)}
-    except OSError as error:
-        raise SdloraError(f"LoRA {path} cannot be read ({error.strerror}); check the path") from error
+    except (OSError, ValueError) as error:  # a null byte is a ValueError
+        why = getattr(error, "strerror", error)
+        raise SdloraError(f"LoRA {path} cannot be read ({why}); check the path") from error
