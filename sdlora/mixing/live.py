@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from sdlora.errors import SdloraError
 from sdlora.lowrank.effect import balanced, factor_pair
@@ -38,6 +39,7 @@ class Live:
     def __init__(self, modules: Mapping[str, Any], base: Original) -> None:
         self._modules, self._base = modules, base
         self._weights = _Weights()
+        self._following: RemovableHandle | None = None
         self._held: dict[str, tuple[Mapping[str, Slotted], _Layer]] = {}  # by path of the module
 
     @property
@@ -69,15 +71,32 @@ class Live:
             raise
 
     def weigh(self, weights: Tensor) -> None:
-        """The weights (rows, slots) in float32 from the next forward on. Costs one small tensor.
+        """The weights (rows, slots) in float32 from the next forward on. Costs one small tensor. Ends `follow`.
 
         Row i is for the pictures i, rows + i, 2 * rows + i ... of a batch: guidance puts as many negatives before the
         prompts. A batch that is no multiple of the rows raises SdloraError in the forward.
         """
+        self._unfollow()
         self._weights.put(weights)
+
+    def follow(self, unet: nn.Module, weights: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None]) -> None:
+        """Have before each pass of the UNet the weights for what it is given; None for those that are in force."""
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if (found := weights(args, kwargs)) is not None:
+                self._weights.put(found)
+
+        self._unfollow()
+        self._following = unet.register_forward_pre_hook(look, with_kwargs=True)
+
+    def _unfollow(self) -> None:
+        if self._following:
+            self._following.remove()
+        self._following = None
 
     def clear(self) -> None:
         """Take every layer away: what is left is the base."""
+        self._unfollow()
         for path in list(self._held):
             self._remove(path)
 

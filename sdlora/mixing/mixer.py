@@ -23,9 +23,9 @@ from sdlora.formats.receipt import Receipt
 from sdlora.formats.sources import name_of
 from sdlora.lowrank.adapter import Adapter, same_vectors
 from sdlora.mixing.base import Base
+from sdlora.mixing.following import Follower
 from sdlora.mixing.live import Live
 from sdlora.mixing.plan import LoraWeight, Plan, Weights, lora_weight
-from sdlora.mixing.schedule import progress_of
 from sdlora.mixing.shelf import Book, Shelf, content_of
 from sdlora.mixing.succession import Word, leave_word, refuse_foreign, take_over
 from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put
@@ -34,7 +34,6 @@ from sdlora.models.families import components_of, family_of
 from sdlora.models.load import source_of
 
 CACHE = 2**30  # bytes of adapters that are kept although nothing uses them now
-STEPS = 20  # of a denoising, unless something else is said
 
 
 class Mixer:
@@ -63,7 +62,7 @@ class Mixer:
         self._books: dict[str, Book] = {}
         self._plans: tuple[Plan, ...] = (Plan(model),)
         self._ways: Ways | None = None
-        self._asked = (False, STEPS)  # live, and steps
+        self._asked_live = False
         self._own = {name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders}
         self._vocabularies = dict(self._own)  # what the text encoders read now
         self._word = Word(ref(self), ref(pipeline), self._live, self._base, self._own, self._vocabularies)
@@ -126,7 +125,7 @@ class Mixer:
         with self._claimed():
             self._known(name)
             books = {other: book for other, book in self._books.items() if other != name}
-            self._become(books, tuple(_following(plan, books) for plan in self._plans), *self._asked)
+            self._become(books, tuple(_following(plan, books) for plan in self._plans), self._asked_live)
 
     def receipt(self, name: str) -> Receipt | None:
         """What reading an adapter told; None for one that was not read from files."""
@@ -135,28 +134,30 @@ class Mixer:
 
     def plan(self, weights: Mapping[str, Weights]) -> Plan:
         """The plan in which the adapters named have these weights and all others are off."""
+        if not isinstance(weights, Mapping):
+            raise SdloraError(f'{weights!r} are no weights by name; write them as in {{"style": 0.8, "zib": 1.0}}')
         for name in weights:
             self._known(name)
         loras = (lora_weight(name, told, tuple(self._parts)) for name, told in weights.items())
         return Plan(self.model, tuple(replace(lora, sha256=self._books[lora.path].content) for lora in loras))
 
-    def set(self, weights: Mapping[str, Weights], steps: int = STEPS) -> None:
-        """Make the mix exactly this: the adapters named get these weights, all others are off. steps: as for `apply`.
+    def set(self, weights: Mapping[str, Weights]) -> None:
+        """Make the mix exactly this: the adapters named get these weights, all others are off.
 
         Unknown names and components and weights that are no finite numbers raise SdloraError and change nothing.
         """
         with self._claimed():
-            self.apply(self.plan(weights), steps=steps)
+            self.apply(self.plan(weights))
 
-    def apply(self, *plans: Plan, live: bool = False, steps: int = STEPS) -> None:
+    def apply(self, *plans: Plan, live: bool = False) -> None:
         """Bring the model to this plan; or to several, one for each picture of a batch.
 
         The rows of a batch then belong to the plans in turn, and again from the first. live: merge nothing, which is
-        the quicker way to a few steps. steps: of the denoising that is to come, at whose first step schedules begin;
-        see `on_step_end`. SdloraError: a plan for another base, or for an adapter that is not at hand.
+        the quicker way to a few steps. Schedules follow the timesteps that the UNet is given, among those of the
+        pipeline's scheduler. SdloraError: a plan for another base, or for an adapter that is not at hand.
         """
         with self._claimed():
-            self._become(self._books, plans or (Plan(self.model),), live, steps)
+            self._become(self._books, plans or (Plan(self.model),), live)
 
     def hold(self, *plans: Plan, partial: bool = False, live: bool = False) -> tuple[Plan, ...]:
         """Apply plans whose adapters are files, and keep no others; returns them with the hashes of the content.
@@ -176,38 +177,31 @@ class Mixer:
         return plans
 
     def at(self, progress: float) -> None:
-        """Tell schedules how far the denoising is, from 0 (noise) to 1 (the picture). Costs next to nothing."""
+        """Tell schedules how far the denoising is, from 0 (noise) to 1 (the picture). Costs next to nothing.
+
+        For loops of one's own: until another plan is applied, schedules follow what is told and no timesteps.
+        """
         if self._ways and self._ways.moves:
             self._live.weigh(self._ways.weights(progress))
 
-    def on_step_end(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """For `callback_on_step_end` of diffusers' own pipelines, so that schedules follow their steps.
-
-        After the last one it is ready for the first of another picture. That of the very first comes before any call,
-        so `set`, `apply` or `using` want to know the `steps`.
-        """
-        steps = pipeline.num_timesteps
-        self.at(progress_of((step + 1) % steps, steps))
-        return values
-
     @contextmanager
-    def using(self, *plans: Plan, steps: int = STEPS) -> Iterator[Mixer]:
+    def using(self, *plans: Plan) -> Iterator[Mixer]:
         """With the plan applied, and nobody else's job between; afterwards what was in force before is again.
 
-        That follows what adapters of the same names hold then, without those that are gone. steps: as for `apply`.
+        That follows what adapters of the same names hold then, without those that are gone.
         It waits for others' jobs, and for ever between two events of a `render` that nobody else goes on reading.
         SdloraError: within another `using` of the same thread.
         """
         self.refuse_within()
         with self.lock:
-            before, (live, told) = self._plans, self._asked
+            before, live = self._plans, self._asked_live
             try:
                 with self.at_work():
-                    self.apply(*plans, steps=steps)
+                    self.apply(*plans)
                     yield self
             finally:
                 with self.at_work():
-                    self.apply(*(_following(plan, self._books) for plan in before), live=live, steps=told)
+                    self.apply(*(_following(plan, self._books) for plan in before), live=live)
 
     def refuse_within(self) -> None:
         """SdloraError within `using` of the same thread, which would wait for itself for ever."""
@@ -242,8 +236,10 @@ class Mixer:
             raise SdloraError(f"no LoRA named {name!r} is loaded{nearest(name, self._books)}; load it first")
 
     def _book(self, path: str, partial: bool) -> Book:
+        """What is at hand under a name that is no file, else the file's: one that is gone is missed."""
         known = self._books.get(path)
-        return known if known and not os.path.exists(path) else self._shelf.read(Path(path), partial)
+        at_hand = known and not os.path.exists(path) and not (known.receipt and known.receipt.path == Path(path))
+        return known if known and at_hand else self._shelf.read(Path(path), partial)
 
     def _put(self, name: str, book: Book) -> None:
         """At hand under this name from now on; plans in force follow it."""
@@ -252,9 +248,9 @@ class Mixer:
             self._books[name] = replace(book, adapter=held.adapter)  # its receipt may speak of another file
         else:
             books = {**self._books, name: book}
-            self._become(books, tuple(_following(plan, books) for plan in self._plans), *self._asked)
+            self._become(books, tuple(_following(plan, books) for plan in self._plans), self._asked_live)
 
-    def _become(self, books: dict[str, Book], plans: tuple[Plan, ...], live: bool = False, steps: int = STEPS) -> None:
+    def _become(self, books: dict[str, Book], plans: tuple[Plan, ...], live: bool = False) -> None:
         """Bring the model to these adapters and plans. What cannot be is refused before anything changes.
 
         If it fails later, the base is what is left, with the adapters that were at hand before.
@@ -268,7 +264,9 @@ class Mixer:
         heard = [one for one, vocabulary in vocabularies.items() if vocabulary is not self._vocabularies[one]]
         try:
             self._live.install(found.live)
-            self._live.weigh(found.weights(progress_of(0, steps)))
+            self._live.weigh(found.weights(0.0))
+            if found.moves:
+                self._live.follow(self._parts["unet"], self._follower(found))
             self._base.become(found.merged)
             for component in heard:
                 put(self.pipeline, component, vocabularies[component])
@@ -281,8 +279,11 @@ class Mixer:
             finally:
                 self._base.restore()
             raise
-        self._books, self._plans, self._ways, self._asked = books, plans, found, (live, steps)
+        self._books, self._plans, self._ways, self._asked_live = books, plans, found, live
         self._vocabularies.update(vocabularies)
+
+    def _follower(self, found: Ways) -> Follower:
+        return Follower(ref(self.pipeline), found.weights)
 
     def _check(self, books: Mapping[str, Book]) -> None:
         """SdloraError where an adapter that comes does not fit the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 from sdlora.errors import SdloraError, nearest
@@ -46,7 +47,9 @@ class LoraWeight:
         if not isinstance(self.path, str):
             raise SdloraError(f"{self.path!r} names no LoRA; give its path, or the name it was loaded under, as text")
         for name in COMPONENTS:
-            self._check(name, getattr(self, name))
+            weight = getattr(self, name)
+            self._check(name, weight)
+            object.__setattr__(self, name, None if weight is None else float(weight))  # numpy's numbers are no JSON
         object.__setattr__(self, "blocks", self._factors(self.blocks))
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", parse_schedule(self.schedule))
@@ -66,7 +69,7 @@ class LoraWeight:
         return tuple((block, float(blocks[block])) for block in BLOCKS if blocks.get(block, 1) != 1)
 
     def _check(self, name: str, weight: Any) -> None:
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight)
+        number = isinstance(weight, Real) and not isinstance(weight, bool) and isfinite(weight)
         if not number and not (weight is None and name == "text_encoder_2"):
             raise SdloraError(f"weight of {self.path} ({name}) is {weight!r}; it must be a finite number")
 

@@ -121,6 +121,18 @@ def test_holding_what_cannot_be_had_changes_nothing(tmp_path: Path):
     assert same_state(pipeline, state_of_one(one)) and mixer.names == (str(one),) and mixer.state == "base"
 
 
+def test_a_file_that_is_gone_is_missed_though_it_is_known(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    file = written(tmp_path / "one.safetensors", pipeline, 0)
+    mixer = Mixer(pipeline)
+    mixer.hold(plan_of(file))
+    before = state_of(pipeline)
+    file.unlink()
+    with pytest.raises(SdloraError, match="one.safetensors cannot be read"):
+        mixer.hold(plan_of(file, unet=0.5))
+    assert same_state(pipeline, before)
+
+
 def state_of_one(file: Path) -> State:
     """Of a base that knows the file's tokens and has none of its weights."""
     pipeline = tiny_pipeline()

@@ -175,6 +175,7 @@ def test_a_mix_is_rounded_once(dtype):
         ({"lora 0": {"vae": 1.0}}, "no component 'vae'; it has unet, text_encoder"),
         ({"lora 0": float("nan")}, "must be a finite number"),
         ({"lora 0": "abc"}, "must be a finite number"),
+        (["lora 0"], r"are no weights by name; write them as in \{"),
     ],
 )
 def test_wrong_weights_change_nothing(weights, message):

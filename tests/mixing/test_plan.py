@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sdlora.errors import SdloraError
@@ -83,3 +84,9 @@ def test_weights_as_people_write_them(weights, expected: LoraWeight):
 def test_what_is_no_plan_is_refused(make, message: str):
     with pytest.raises(SdloraError, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_weights():
+    lora = LoraWeight(path="a", unet=np.float32(0.5), text_encoder=np.int64(1), blocks={"IN01": np.float32(0.25)})
+    told = {"path": "a", "unet": 0.5, "text_encoder": 1.0, "blocks": {"IN01": 0.25}}
+    assert json.loads(json.dumps(as_dict(lora))) == told
