@@ -94,6 +94,7 @@ def render(mixer: Mixer, *jobs: Job, rows: int | None = None) -> Generator[Progr
                 return
             yield event
     finally:
+        mixer.at(None)
         mixer.lock.release()
 
 

@@ -27,6 +27,7 @@ Slotted = tuple[tuple[Delta, int], ...]  # deltas, each with the slot of its wei
 LiveTerms = Mapping[str, Slotted]  # by parameter path: "unet...to_q", "unet...to_q.bias"
 Slots = tuple[int, ...]
 Original = Callable[[str], Tensor | None]
+Given = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None]  # weights for what a forward pass is given
 
 
 class Live:
@@ -79,15 +80,10 @@ class Live:
         self._unfollow()
         self._weights.put(weights)
 
-    def follow(self, unet: nn.Module, weights: Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None]) -> None:
+    def follow(self, unet: nn.Module, weights: Given) -> None:
         """Have before each pass of the UNet the weights for what it is given; None for those that are in force."""
-
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if (found := weights(args, kwargs)) is not None:
-                self._weights.put(found)
-
         self._unfollow()
-        self._following = unet.register_forward_pre_hook(look, with_kwargs=True)
+        self._following = unet.register_forward_pre_hook(_Lookout(weights, self._weights), with_kwargs=True)
 
     def _unfollow(self) -> None:
         if self._following:
@@ -159,6 +155,19 @@ def _multiple(batch: int, rows: int) -> int:
             " denoise all of them together"
         )
     return batch // rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Lookout:
+    """The forward pre-hook of the UNet."""
+
+    given: Given
+    weights: _Weights
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        found = self.given(args, kwargs)
+        if found is not None:
+            self.weights.put(found)
 
 
 class _Part(Protocol):

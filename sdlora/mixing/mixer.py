@@ -51,7 +51,7 @@ class Mixer:
         self.pipeline = pipeline
         self.model = model
         self.lock = threading.Lock()
-        self._worker: int | None = None  # the thread whose changes belong to the job that holds the lock
+        self._worker: threading.Thread | None = None  # whose changes belong to the job that holds the lock
         self._parts = components_of(pipeline)
         refuse_foreign(self._parts)
         take_over(self, self._parts)
@@ -176,12 +176,17 @@ class Mixer:
             self._become(books, plans or (Plan(self.model),), live)
         return plans
 
-    def at(self, progress: float) -> None:
+    def at(self, progress: float | None) -> None:
         """Tell schedules how far the denoising is, from 0 (noise) to 1 (the picture). Costs next to nothing.
 
-        For loops of one's own: until another plan is applied, schedules follow what is told and no timesteps.
+        For loops of one's own, and for a UNet that is compiled as one graph: schedules then follow what is told and no
+        timesteps, until another plan is applied or None is told.
         """
-        if self._ways and self._ways.moves:
+        if not self._ways or not self._ways.moves:
+            return
+        if progress is None:
+            self._follow(self._ways)
+        else:
             self._live.weigh(self._ways.weights(progress))
 
     @contextmanager
@@ -205,13 +210,13 @@ class Mixer:
 
     def refuse_within(self) -> None:
         """SdloraError within `using` of the same thread, which would wait for itself for ever."""
-        if self._worker == threading.get_ident():
+        if self._worker is threading.current_thread():
             raise SdloraError("this thread is using a plan of the mixer already; leave `with mixer.using` first")
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """For a job that holds `lock`: what this thread does to the mix within this belongs to it."""
-        self._worker = threading.get_ident()
+        self._worker = threading.current_thread()
         try:
             yield
         finally:
@@ -220,7 +225,7 @@ class Mixer:
     @contextmanager
     def _claimed(self) -> Iterator[None]:
         """A change that belongs to a job, or is one by itself. SdloraError where another's job counts on the mix."""
-        if self._worker == threading.get_ident():
+        if self._worker is threading.current_thread():
             yield
         elif not self.lock.acquire(blocking=False):
             raise SdloraError("the mixer is in use by a job that is not done; wait for it, or change the next job")
@@ -265,8 +270,7 @@ class Mixer:
         try:
             self._live.install(found.live)
             self._live.weigh(found.weights(0.0))
-            if found.moves:
-                self._live.follow(self._parts["unet"], self._follower(found))
+            self._follow(found)
             self._base.become(found.merged)
             for component in heard:
                 put(self.pipeline, component, vocabularies[component])
@@ -282,8 +286,9 @@ class Mixer:
         self._books, self._plans, self._ways, self._asked_live = books, plans, found, live
         self._vocabularies.update(vocabularies)
 
-    def _follower(self, found: Ways) -> Follower:
-        return Follower(ref(self.pipeline), found.weights)
+    def _follow(self, found: Ways) -> None:
+        if found.moves:
+            self._live.follow(self._parts["unet"], Follower(ref(self.pipeline), found.weights))
 
     def _check(self, books: Mapping[str, Book]) -> None:
         """SdloraError where an adapter that comes does not fit the model."""

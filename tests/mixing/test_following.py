@@ -30,12 +30,7 @@ def test_every_call_of_every_scheduler_is_in_the_step_that_it_makes(name: str, s
         calls = len(scheduler.timesteps)
         latents = torch.zeros(1, 4, 2, 2)
         for call, timestep in enumerate(scheduler.timesteps):
-            expected = progress_of(call * steps // calls, steps)
-            shown = progress_shown(scheduler, float(timestep))
-            if name == "pndm":  # it repeats its second call and does not count
-                assert abs(shown - expected) <= 1 / steps
-            else:
-                assert shown == expected, call
+            assert progress_shown(scheduler, float(timestep)) == progress_of(call * steps // calls, steps), call
             scheduler.scale_model_input(latents, timestep)
             more = {"generator": chance} if name in ("euler_a", "lcm") else {}
             latents = scheduler.step(torch.zeros_like(latents), timestep, latents, **more).prev_sample
@@ -52,3 +47,23 @@ def test_a_timestep_in_half_precision_is_known():
     scheduler.set_timesteps(7)
     for step, timestep in enumerate(scheduler.timesteps.half()):
         assert progress_shown(scheduler, float(timestep)) == progress_of(step, 7)
+
+
+def test_timesteps_of_ones_own_are_counted_by_themselves():
+    scheduler = diffusers.DDPMScheduler()
+    for before in (50, 2):
+        scheduler.set_timesteps(before)
+        scheduler.set_timesteps(timesteps=[900, 600, 300, 10])
+        shown = [progress_shown(scheduler, float(one)) for one in scheduler.timesteps]
+        assert shown == [progress_of(step, 4) for step in range(4)]
+
+
+def test_what_another_scheduler_asks_for_is_told_by_its_noise():
+    scheduler, other = diffusers.EulerDiscreteScheduler(), diffusers.DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(3)
+    for timestep in scheduler.timesteps:  # one of which the other has too
+        scheduler.step(torch.zeros(1, 4, 2, 2), timestep, torch.zeros(1, 4, 2, 2))
+    other.set_timesteps(10)
+    shown = [progress_shown(scheduler, float(one)) for one in other.timesteps]
+    assert shown == pytest.approx([progress_of(step, 10) for step in range(10)], abs=0.06)
+    assert shown == sorted(set(shown))

@@ -1,6 +1,10 @@
 """The mixer as its users meet it: plans by content, `using`, other mixers, callbacks, and what is refused."""
 
+import copy
 import gc
+import io
+import threading
+from contextlib import closing
 from typing import Any
 
 import accelerate
@@ -8,6 +12,8 @@ import pytest
 import torch
 
 from sdlora.errors import SdloraError
+from sdlora.generation.job import Job
+from sdlora.generation.render import render
 from sdlora.lowrank.adapter import Adapter
 from sdlora.mixing.mixer import Mixer
 from sdlora.mixing.plan import LoraWeight, Plan
@@ -90,6 +96,26 @@ def test_using_within_using_is_refused_and_not_waited_for():
     assert mixer.state == "base" and not mixer.lock.locked()
 
 
+def test_threads_that_come_after_the_one_that_uses_a_plan_are_others():
+    """The system gives them the number that it had."""
+    mixer, refused = mixer_with("a"), []
+
+    def change() -> None:
+        try:
+            mixer.set({})
+        except SdloraError as error:
+            refused.append(str(error))
+
+    context = mixer.using(mixer.plan({"a": 1.0}))
+    for work in (context.__enter__, change, change, change):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(refused) == 3 and mixer.state == "merged"
+    context.__exit__(None, None, None)
+    assert mixer.state == "base" and not mixer.lock.locked()
+
+
 def test_an_error_within_using_gives_back_what_was_before():
     mixer = mixer_with("a")
     with pytest.raises(ZeroDivisionError), mixer.using(mixer.plan({"a": 1.0})):
@@ -97,12 +123,21 @@ def test_an_error_within_using_gives_back_what_was_before():
     assert mixer.state == "base" and not mixer.lock.locked()
 
 
+MOVING = {"a": {"unet": 8.0, "schedule": "0:0, 0.5:1, 0.5:0.2"}}
+
+
+def predicted(unet: Any, timestep: int) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 4, 8, 8, generator=chance), torch.randn(1, 3, 32, generator=chance)
+    with torch.no_grad():
+        return unet(latents, timestep, text).sample
+
+
 def test_diffusers_own_call_follows_a_schedule():
     mixer, by_hand = mixer_with("a"), mixer_with("a")
-    moving = {"a": {"unet": 8.0, "schedule": "0:0, 0.5:1, 0.5:0.2"}}
-    with mixer.using(mixer.plan(moving)):
+    with mixer.using(mixer.plan(MOVING)):
         first = paint(mixer)
-    mixer.set(moving)
+    mixer.set(MOVING)
     assert torch.equal(first, paint(mixer))
     with pytest.raises(KeyboardInterrupt):
         paint(mixer, callback_on_step_end=interrupted)
@@ -117,6 +152,53 @@ def test_diffusers_own_call_follows_a_schedule():
 
     assert torch.allclose(first, paint(by_hand, callback_on_step_end=turn), atol=1e-4)
     assert not torch.allclose(first, paint(by_hand), atol=1e-3)
+
+
+def test_schedules_follow_timesteps_again_after_jobs_and_loops_of_ones_own():
+    mixer = mixer_with("a")
+    mixer.set(MOVING)
+    first = paint(mixer)
+    job = Job(prompt="a cat", loras=mixer.plan(MOVING).loras, steps=3, width=32, height=32)
+    list(render(mixer, job))
+    assert torch.equal(first, paint(mixer))
+    with closing(render(mixer, job)) as events:
+        next(events)
+    assert torch.equal(first, paint(mixer)), "after a job that was given up"
+    mixer.at(0.9)
+    assert not torch.equal(first, paint(mixer))
+    mixer.at(None)
+    assert torch.equal(first, paint(mixer))
+
+
+def test_a_unet_that_is_copied_or_saved_while_a_schedule_moves_goes_its_own_way():
+    mixer = mixer_with("a")
+    mixer.set(MOVING)
+    unet = mixer.pipeline.unet
+    early, late = predicted(unet, 900), predicted(unet, 400)
+    assert not torch.allclose(early, late)
+    copied = copy.deepcopy(unet)
+    assert torch.equal(predicted(copied, 900), early), "the copy follows"
+    assert torch.equal(predicted(copied, 400), late)
+    predicted(copied, 900)
+    mixer._live._unfollow()
+    assert torch.equal(predicted(unet, 400), late), "the copy leaves the weights of the original alone"
+    mixer.at(None)
+    predicted(unet, 400)
+    file = io.BytesIO()
+    torch.save(unet, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(predicted(loaded, 400), late), "what is saved keeps the weights that were in force"
+
+
+def test_a_unet_whose_pipeline_is_gone_keeps_the_weights_that_it_had():
+    mixer = mixer_with("a")
+    mixer.set(MOVING)
+    unet = mixer.pipeline.unet
+    late = predicted(unet, 400)
+    del mixer
+    gc.collect()
+    assert torch.equal(predicted(unet, 400), late)
 
 
 def test_a_pipeline_has_one_mixer_with_loras():
