@@ -52,24 +52,19 @@ def sources_of(path: Path | str) -> tuple[Source, ...]:
     return found
 
 
-def loras_below(place: Path) -> Iterator[Path]:
+def loras_below(place: Path, *, inside: bool = False) -> Iterator[Path]:
     """Each LoRA below a folder: .safetensors files; as one, PEFT folders and those with one for each component.
 
-    Hidden ones are left out. Links to folders are followed, each folder is looked at once. A file is its own.
+    Hidden ones are left out. Links to folders are followed (inside: but for those that lead out of the place), after
+    all else: each folder is looked at once, by its own path where it has one. A file is its own.
     """
     if not place.is_dir():
         yield place
-    seen: set[str] = set()
-    for folder, below, names in os.walk(place, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
-        seen.add(real)
+    for folder, below, names in _folders(place, inside):
         parts = [name for name in COMPONENTS if name in below and Path(folder, name, CONFIG).is_file()]
         if parts and CONFIG not in names:
             yield Path(folder)
             below[:] = [name for name in below if name not in parts]
-        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(SUFFIX):
                 yield Path(folder) if name == WEIGHTS and CONFIG in names else Path(folder, name)
@@ -111,6 +106,23 @@ def split_path(text: str) -> tuple[str, str]:
     named = (end for end in ends[::-1] if text[:end].lower().endswith(SUFFIX) or os.path.exists(text[:end]))
     end = next(named, ends[0] if cut < 0 else cut + len(SUFFIX))
     return text[:end], text[end:]
+
+
+def _folders(place: Path, inside: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk: the folders of a place, each once. What is taken out of the list of those below is not looked at."""
+    root = os.path.realpath(place)
+    seen: set[str] = set()
+    starts = [str(place)]
+    for start in starts:  # which grows by the links that are met
+        for folder, below, names in os.walk(start):
+            real = os.path.realpath(folder)
+            if real in seen or (inside and not Path(real).is_relative_to(root)):
+                below.clear()
+                continue
+            seen.add(real)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            yield folder, below, names
+            starts += filter(os.path.islink, (os.path.join(folder, name) for name in below))
 
 
 def _weights(path: Path) -> tuple[Path, ...]:

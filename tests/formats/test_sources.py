@@ -1,5 +1,6 @@
 """Where LoRAs lie: what is found below a folder is what can be read, whatever its form."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_folders_of_components_hide_nothing_beside_them(tmp_path: Path):
         tmp_path / "model/unet/diffusion.safetensors",
         tmp_path / "zib",
     ]
+
+
+def test_links_come_last_and_no_folder_is_looked_at_twice(tmp_path: Path):
+    touched(tmp_path, "place/m/a.safetensors", "elsewhere/b.safetensors")
+    for link, target in {"a": "m", "m/n": "../z", "m/round": "..", "out": "../elsewhere"}.items():
+        (tmp_path / "place" / link).symlink_to(target)
+    touched(tmp_path, "place/z/c.safetensors")
+    own = [tmp_path / "place/m/a.safetensors", tmp_path / "place/z/c.safetensors"]
+    assert list(loras_below(tmp_path / "place")) == [*own, tmp_path / "place/out/b.safetensors"]
+    assert list(loras_below(tmp_path / "place", inside=True)) == own
+
+
+def test_folders_that_a_link_leads_out_to_are_not_even_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    touched(tmp_path, "place/a.safetensors", "elsewhere/deep/b.safetensors")
+    (tmp_path / "place/out").symlink_to("../elsewhere")
+    (tmp_path / "again").symlink_to("place")
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    assert list(loras_below(tmp_path / "again", inside=True)) == [tmp_path / "again/a.safetensors"]
+    assert not any("deep" in path for path in listed)
 
 
 @pytest.mark.parametrize(
