@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -77,6 +77,7 @@ class Base:
         paths = wanted.keys() | self._held.keys()
         changed = sorted(path for path in paths if wanted.get(path) != self._held.get(path))
         try:
+            self._refuse_replaced(wanted)
             for path in changed:
                 if path in wanted:
                     self._merge(path, wanted[path])
@@ -90,13 +91,19 @@ class Base:
     def restore(self) -> None:
         """Nothing is merged any more. Where that cannot be, the rest is restored and the first reason raised."""
         reasons = []
-        for path in sorted(path for path in self._held if _split(path)[0] in self.modules):
+        for path in sorted(self._held):
             try:
                 self._restore(path)
             except SdloraError as reason:
                 reasons.append(reason)
         if reasons:
             raise reasons[0]
+
+    def _refuse_replaced(self, paths: Iterable[str]) -> None:
+        """The model would be without what is merged into a module that it no longer has."""
+        for name in (_split(path)[0] for path in paths):
+            if name not in self.modules:
+                raise SdloraError(f"{name} was replaced after the mixer was made; make a new mixer")
 
     @torch.no_grad()
     def _merge(self, path: str, terms: Terms) -> None:
@@ -122,12 +129,14 @@ class Base:
     @torch.no_grad()
     def _restore(self, path: str) -> None:
         name, attribute = _split(path)
-        module, untouched = self.modules[name], self._untouched[path]
-        _refuse_gone(path, getattr(module, attribute))
-        if untouched is None:
-            setattr(module, attribute, None)
-        else:
-            getattr(module, attribute).copy_(untouched)
+        module = self.modules.get(name)
+        if module is not None:  # else what was merged into it is gone with it
+            untouched = self._untouched[path]
+            _refuse_gone(path, getattr(module, attribute))
+            if untouched is None:
+                setattr(module, attribute, None)
+            else:
+                getattr(module, attribute).copy_(untouched)
         self._held.pop(path, None)
         self._untouched.forget(path)  # last: whatever interrupts this must leave a way back
 
