@@ -12,8 +12,7 @@ from torch import nn
 from sdlora.errors import SdloraError
 from sdlora.mixing.base import Base
 from sdlora.mixing.live import Live
-from sdlora.mixing.tokens import Vocabulary, put
-from sdlora.models.families import tokenizer_of
+from sdlora.mixing.tokens import Vocabulary, put_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,7 @@ def take_over(mixer: Any, components: Mapping[str, nn.Module]) -> None:
         word.live.clear()
         if name in word.own:
             for pipeline in filter(None, (word.pipeline(), mixer.pipeline)):
-                _forget_tokens(pipeline, name, word)
+                put_back(pipeline, name, word.own[name], word.read[name])
         word.base.restore()
 
 
@@ -66,9 +65,3 @@ def refuse_foreign(components: Mapping[str, nn.Module]) -> None:
             raise SdloraError(
                 f"the {name} has LoRAs of peft's; call pipeline.unload_lora_weights(), and load them here"
             )
-
-
-def _forget_tokens(pipeline: Any, component: str, word: Word) -> None:
-    own = word.own[component]
-    if word.read[component].learned or tokenizer_of(pipeline, component) is not own.tokenizer:
-        put(pipeline, component, own)

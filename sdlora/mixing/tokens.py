@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from sdlora.models.families import tokenizer_name, tokenizer_of
 
 MOST_VECTORS = 1024  # that a text encoder takes at once; files bring a handful, and checking them costs their square
 LONGEST_TOKEN = 100  # characters
+
+_taught: WeakSet[Any] = WeakSet()  # the tokenizers that stand in for a base's
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,7 @@ def grown(own: Vocabulary, learned: Vectors) -> Vocabulary:
     for i, (word, ids) in enumerate(zip(words, read, strict=True), start=own.start):
         if ids != [i]:
             raise SdloraError(f"the model's tokenizer cannot learn the token {word!r}; rename it in its file")
+    _taught.add(tokenizer)
     return replace(own, tokenizer=tokenizer, learned=learned, rows=rows)
 
 
@@ -123,6 +127,14 @@ def put(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = end
     setattr(pipeline, tokenizer_name(component), vocabulary.tokenizer)
+
+
+def put_back(pipeline: Any, component: str, own: Vocabulary, read: Vocabulary) -> None:
+    """The base's vocabulary where `read` was in force. A tokenizer that never stood in for the base's stays."""
+    tokenizer = tokenizer_of(pipeline, component)
+    taught = tokenizer in _taught
+    if taught or read.learned:
+        put(pipeline, component, own if taught else replace(own, tokenizer=tokenizer))
 
 
 def _embedding(pipeline: Any, component: str) -> Any:

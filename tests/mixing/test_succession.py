@@ -1,5 +1,6 @@
 """Mixers over one model, and over pipelines that share parts of it: one has LoRAs at a time, and the base is kept."""
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,8 @@ def mix(mixer: Mixer) -> None:
 
 
 def bare(pipeline: Any) -> bool:
-    return not any(module._forward_hooks for part in components_of(pipeline).values() for module in part.modules())
+    modules = [module for part in components_of(pipeline).values() for module in part.modules()]
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 CHANGES: tuple[Callable[[Mixer], object], ...] = (
@@ -86,6 +88,31 @@ def test_a_pipeline_finds_the_base_though_the_one_that_was_mixed_is_gone(late: b
     mix(other)
     other.hold()
     assert same_state(twin, base)
+
+
+def test_a_pipeline_that_shares_a_text_encoder_keeps_its_own_tokenizer_and_what_that_has_learned():
+    pipeline = tiny_pipeline()
+    mixer = Mixer(pipeline)
+    del mixer
+    twin = twin_of(pipeline, tokenizer=copy.deepcopy(pipeline.tokenizer))
+    twin.load_textual_inversion(torch.ones(32), token="<theirs>")
+    own, base = twin.tokenizer, state_of(twin)
+    mixer = Mixer(twin)
+    assert twin.tokenizer is own and same_state(twin, base)
+    mixer.add(TOKEN, "token")
+    mixer.unload("token")
+    assert twin.tokenizer is own and same_state(twin, base)
+
+
+def test_a_tokenizer_of_one_s_own_stays_where_another_mixer_s_tokens_are_taken_away():
+    pipeline = tiny_pipeline()
+    own, base, mixer = copy.deepcopy(pipeline.tokenizer), state_of(pipeline), Mixer(pipeline)
+    mixer.add(TOKEN, "token")
+    twin = twin_of(pipeline, tokenizer=own)
+    del mixer
+    gc.collect()
+    Mixer(twin)
+    assert twin.tokenizer is own and same_state(pipeline, base)
 
 
 def test_a_mixer_takes_up_again_what_another_left():
