@@ -1,7 +1,10 @@
 """Work abreast goes on one thread each, and leaves torch's threads to everybody else as they were."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from threading import Event
 
 import pytest
 import torch
@@ -40,6 +43,34 @@ def test_two_at_once_from_new_threads_leave_all_of_torch_s() -> None:
         next(first)
         caller.submit(next, second).result()
         assert len(list(first)) == 4 and len(caller.submit(list, second).result()) == 4
+    assert torch.get_num_threads() == threads_elsewhere() == 3
+
+
+def test_two_that_begin_at_once_leave_all_of_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let in, the second would take one thread for what torch had, and put that back last."""
+    workers, first_there, second_there, first_done = count(1), Event(), Event(), Event()
+
+    def on_one_thread() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+        worker = next(workers)
+        if worker == 3:
+            first_there.set()
+            second_there.wait(0.5)
+        elif worker > 3:
+            second_there.set()
+            first_done.wait(5)
+
+    def second() -> list[tuple[int, str]]:
+        first_there.wait()
+        return list(abreast(str, range(5)))
+
+    monkeypatch.setattr(sys.modules[abreast.__module__], "_on_one_thread", on_one_thread)
+    with ThreadPoolExecutor(1) as caller:
+        waiting = caller.submit(second)
+        found = list(abreast(str, range(5)))
+        first_done.set()
+        assert waiting.result() == found
     assert torch.get_num_threads() == threads_elsewhere() == 3
 
 
