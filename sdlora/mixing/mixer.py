@@ -27,7 +27,7 @@ from sdlora.mixing.following import Follower
 from sdlora.mixing.live import Live
 from sdlora.mixing.plan import LoraWeight, Plan, Weights, lora_weight
 from sdlora.mixing.shelf import Book, Shelf, content_of
-from sdlora.mixing.succession import Word, leave_word, refuse_foreign, take_over
+from sdlora.mixing.succession import Word, refuse_foreign, take_over
 from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put
 from sdlora.mixing.ways import Ways, ways
 from sdlora.models.families import components_of, family_of
@@ -54,7 +54,6 @@ class Mixer:
         self._worker: threading.Thread | None = None  # whose changes belong to the job that holds the lock
         self._parts = components_of(pipeline)
         refuse_foreign(self._parts)
-        take_over(self, self._parts)
         self.architecture = architecture_of(self._parts)
         self._base = Base(self._parts, source_of(pipeline, model))
         self._live = Live(self._base.modules, self._base.original)
@@ -63,10 +62,13 @@ class Mixer:
         self._plans: tuple[Plan, ...] = (Plan(model),)
         self._ways: Ways | None = None
         self._asked_live = False
-        self._own = {name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders}
-        self._vocabularies = dict(self._own)  # what the text encoders read now
+        self._own: dict[str, Vocabulary] = {}
+        self._vocabularies: dict[str, Vocabulary] = {}  # what the text encoders read now
         self._word = Word(ref(self), ref(pipeline), self._live, self._base, self._own, self._vocabularies)
-        leave_word(self._word, self._parts)
+        with self.lock:  # or another mixer's tokens could be taken for the base's
+            take_over(self._word, self._parts)
+            self._own.update({name: own_vocabulary(pipeline, name) for name in family_of(pipeline).text_encoders})
+            self._vocabularies.update(self._own)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -260,8 +262,7 @@ class Mixer:
 
         If it fails later, the base is what is left, with the adapters that were at hand before.
         """
-        take_over(self, self._parts)
-        leave_word(self._word, self._parts)
+        take_over(self._word, self._parts)
         self._check(books)
         plans = tuple(self._resolved(plan, books) for plan in plans)
         found = self._ways_of(books, plans, live)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,27 +34,26 @@ class Word:
 
 # By component, since pipelines share them, and one may be gone while another goes on with what a mixer did to it.
 _left: WeakKeyDictionary[nn.Module, Word] = WeakKeyDictionary()
+_one_at_a_time = Lock()
 
 
-def leave_word(word: Word, components: Mapping[str, nn.Module]) -> None:
-    """For the mixer that comes next."""
-    for part in components.values():
-        _left[part] = word
+def take_over(word: Word, components: Mapping[str, nn.Module]) -> None:
+    """The base, as it was before other mixers over these components, and one's word for the next.
 
-
-def take_over(mixer: Any, components: Mapping[str, nn.Module]) -> None:
-    """The base, as it was before other mixers over these components; SdloraError where one has LoRAs or is in use."""
-    left = {name: word for name, part in components.items() if (word := _left.get(part)) and word.mixer() is not mixer}
-    for word in left.values():
-        other = word.mixer()
-        if other and (other.names or other.lock.locked()):
-            raise SdloraError("another mixer has LoRAs on this model or is in use; use that one, or unload its LoRAs")
-    for name, word in left.items():
-        word.live.clear()
-        if name in word.own:
-            for pipeline in filter(None, (word.pipeline(), mixer.pipeline)):
-                put_back(pipeline, name, word.own[name], word.read[name])
-        word.base.restore()
+    Of several mixers that try at once, one gets it if each holds its lock. SdloraError: another has LoRAs or is in use.
+    """
+    with _one_at_a_time:
+        left = {name: held for name, part in components.items() if (held := _left.get(part)) and held is not word}
+        for held in left.values():
+            other = held.mixer()
+            if other and (other.names or other.lock.locked()):
+                raise SdloraError(
+                    "another mixer has LoRAs on this model or is in use; use that one, or unload its LoRAs"
+                )
+        for name, held in left.items():
+            _undo(held, name, word.pipeline())
+        for part in components.values():
+            _left[part] = word
 
 
 def refuse_foreign(components: Mapping[str, nn.Module]) -> None:
@@ -65,3 +65,12 @@ def refuse_foreign(components: Mapping[str, nn.Module]) -> None:
             raise SdloraError(
                 f"the {name} has LoRAs of peft's; call pipeline.unload_lora_weights(), and load them here"
             )
+
+
+def _undo(held: Word, component: str, comes: Any) -> None:
+    """comes: the next pipeline."""
+    held.live.clear()
+    if component in held.own:
+        for pipeline in filter(None, (held.pipeline(), comes)):
+            put_back(pipeline, component, held.own[component], held.read[component])
+    held.base.restore()

@@ -3,6 +3,9 @@
 import copy
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 from weakref import ref
 
@@ -14,6 +17,7 @@ from sdlora.generation.job import Job
 from sdlora.generation.render import render
 from sdlora.lowrank.adapter import Adapter
 from sdlora.mixing.mixer import Mixer
+from sdlora.mixing.tokens import Vocabulary, own_vocabulary
 from sdlora.models.families import components_of
 from tests.conftest import random_adapter
 from tests.mixing.states import same_state, state_of
@@ -150,6 +154,44 @@ def test_no_model_is_kept_for_the_sake_of_what_was_done_to_it():
     sharing = tiny_pipeline()
     sharing.text_encoder = encoder
     assert Mixer(sharing).state == "base" and same_state(sharing, state_of(tiny_pipeline()))
+
+
+def test_of_two_mixers_that_begin_at_once_one_gets_the_model(monkeypatch: pytest.MonkeyPatch):
+    pipeline = tiny_pipeline()
+    mixers, third = [Mixer(pipeline), Mixer(pipeline)], Mixer(pipeline)
+    both = Barrier(2)
+
+    def clear() -> None:
+        """Both find that the model is free, if they can."""
+        with suppress(BrokenBarrierError):
+            both.wait(0.5)
+
+    def begun(mixer: Mixer) -> bool:
+        try:
+            mixer.add(TOKEN, "token")
+        except SdloraError as error:
+            return "another mixer has LoRAs" not in str(error)
+        return True
+
+    monkeypatch.setattr(third._live, "clear", clear)
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(begun, mixers)) == [False, True]
+
+
+def test_nobody_begins_while_another_mixer_reads_the_base(monkeypatch: pytest.MonkeyPatch):
+    pipeline = tiny_pipeline()
+    base, first = state_of(pipeline), Mixer(pipeline)
+
+    def read(*args: Any) -> Vocabulary:
+        with pytest.raises(SdloraError, match="or is in use"):
+            first.add(TOKEN, "token")
+        return own_vocabulary(*args)
+
+    monkeypatch.setattr("sdlora.mixing.mixer.own_vocabulary", read)
+    second = Mixer(pipeline)
+    mix(second)
+    second.hold()
+    assert same_state(pipeline, base)
 
 
 def test_a_mixer_at_work_is_not_disturbed_by_another():
