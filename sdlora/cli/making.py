@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from sdlora.cli.flags import Whole, flag, whole
 from sdlora.errors import SdloraError
-from sdlora.formats.block_weights import blocks_of, presets_in
+from sdlora.formats.block_weights import PresetsIn, blocks_of
 from sdlora.formats.sources import name_of
 from sdlora.generation.job import SCHEDULERS, Job, parse_lora, parse_size
 from sdlora.training.config import TrainConfig, load
@@ -131,7 +131,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 def generate(flags: Annotated[GenerateFlags, Parameter(name="*")]) -> None:
     """Make pictures from a prompt and any mix of LoRAs. The PNGs carry all settings."""
     library = _library(flags.library)
-    presets = presets_in(library)
+    presets = PresetsIn(library)
     job = flags.job(presets)
     from tqdm import tqdm
 

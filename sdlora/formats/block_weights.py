@@ -6,7 +6,8 @@ typed there as `lbw=`; what is said of "lbw" here was read in its code.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 
@@ -47,6 +48,7 @@ _FLUX = 61  # numbers of a list for Flux
 # Each block is in one of these.
 GROUPS: Mapping[str, tuple[str, ...]] = {"BASE": ("BASE",), "IN": _INS, "MID": ("M00",), "OUT": _OUTS}
 _NAMED = {**GROUPS, "ALL": BLOCKS}
+_NO_NAME = ':#@,">'  # what ends a name in lbw's file or in a tag, or makes a list of it
 
 _LAYER = re.compile(r"unet\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:\.|$)")
 _DIGITS = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -150,6 +152,26 @@ def presets_in(folders: Iterable[Path]) -> dict[str, str]:
     return {**PRESETS, **found}
 
 
+class PresetsIn(Mapping[str, str]):
+    """`presets_in(folders)`, read when one is first asked for: a file that is wrong hinders only those who use it."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._folders = tuple(folders)
+
+    @cached_property
+    def _found(self) -> Mapping[str, str]:
+        return presets_in(self._folders)
+
+    def __getitem__(self, name: str) -> str:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 def read_presets(text: str, where: str = "the presets") -> dict[str, str]:
     """Presets by name, from the text of lbw's file: a line NAME:1,0,0... each; those with "#" are comments, as in lbw.
 
@@ -179,6 +201,29 @@ def write_presets(presets: Mapping[str, str]) -> str:
         if kept != {name: told}:
             raise SdloraError(f"preset {name!r} has no place in lbw's file: a name has no : # or line breaks in it")
     return "".join(f"{name}:{told}\n" for name, told in presets.items())
+
+
+def preset_name(text: str) -> str:
+    """A name for a new preset, without spaces around it.
+
+    SdloraError: none that lbw's file can hold and every tag can say, or one that means something else already.
+    """
+    name = text.strip()
+    if not name or not name.isprintable() or set(_NO_NAME) & set(name):
+        raise SdloraError(f"{name!r} is no name of a preset; write one without {' '.join(_NO_NAME)}")
+    if is_number(name) or name.upper() in (*BLOCKS, *_NAMED):
+        what = "a number" if is_number(name) else "the name of blocks"
+        raise SdloraError(f"{name} is {what}; give the preset another name")
+    return name
+
+
+def is_number(text: str) -> bool:
+    """Whether tags read it as a number, be it finite or not."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _preset(line: str, where: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def _studio(models: Sequence[str], libraries: Sequence[str], output: str) -> Stu
         library = library or Library([_made(Path("outputs"))])
     except OSError as error:
         raise SdloraError(f"no folder can be made at {output} ({error.strerror}); give another --output") from error
+    if library.problem:
+        print(f"note: {library.problem}", file=sys.stderr)
     return Studio(tuple(models), library, Path(output))
 
 

@@ -13,7 +13,7 @@ from sdlora.generation.job import SCHEDULERS, Job, parse_size
 from sdlora.generation.prompts.tags import resolved
 from sdlora.generation.render import Picture, render
 from sdlora.web import compare, equalise, markup, outcome, rack
-from sdlora.web.events import QUIET, toasted
+from sdlora.web.events import QUIET, toasted, warned
 from sdlora.web.outcome import KEPT, Outcome, Shot
 from sdlora.web.studio import Studio
 
@@ -63,6 +63,8 @@ class Form:
             height=height,
             count=values[self.count],
         )
+        with warned():
+            library.scan()
         return resolved(job, library.names, library.presets)
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from sdlora.errors import SdloraError
 from sdlora.formats.atomic import replace_file
-from sdlora.formats.block_weights import PRESET_FILE, Factors, presets_in, read_presets, write_factors, write_presets
+from sdlora.formats.block_weights import (
+    PRESET_FILE,
+    PRESETS,
+    Factors,
+    preset_name,
+    presets_in,
+    read_presets,
+    write_factors,
+    write_presets,
+)
 from sdlora.formats.sources import SUFFIX, files_of, loras_below, name_of, names_below
 from sdlora.generation.prompts.tags import Names
 
@@ -27,6 +36,7 @@ class Library:
     """LoRAs below some folders, and uploaded ones, which stay until the app ends.
 
     presets: of block weights, the built-in ones and those at the top of each folder, as they were at the last scan.
+    problem: why they could not be read at the first one; empty where they could.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -37,7 +47,12 @@ class Library:
         self._uploads: dict[str, Entry] = {}
         self._found: dict[str, Entry] = {}
         self._lock = threading.Lock()
-        self.scan()
+        self.presets: Mapping[str, str] = PRESETS
+        self.problem = ""
+        try:
+            self.scan()
+        except SdloraError as error:
+            self.problem = str(error)
 
     def scan(self) -> tuple[Entry, ...]:
         """Look at the folders anew: finished files only, and none that a link leads out of its folder.
@@ -47,13 +62,13 @@ class Library:
         found = [
             (path, root)
             for root in (folder.resolve() for folder in self.folders)
-            for path in sorted(loras_below(root))
+            for path in sorted(loras_below(root, inside=True))
             if all(file.is_file() and file.resolve().is_relative_to(root) for file in files_of(path))
         ]
         entries = [Entry(_id(path), label(name), path) for path, name in names_below(found).items()]
         with self._lock:
             self._found = {entry.id: entry for entry in entries}
-        self.presets: Mapping[str, str] = presets_in(self.folders)
+        self.presets = presets_in(self.folders)
         return self.entries
 
     @property
@@ -64,8 +79,7 @@ class Library:
 
     @property
     def names(self) -> Names:
-        """The files as they are now, by the names that tags in a prompt call them: with their folders or without."""
-        self.scan()
+        """The files of the last scan, by the names that tags in a prompt call them: with their folders or without."""
         with self._lock:
             found = [(entry.path, (name_of(entry.path), entry.label)) for entry in self._found.values()]
             return Names([*((entry.path, (name_of(entry.path),)) for entry in self._uploads.values()), *found])
@@ -84,9 +98,7 @@ class Library:
 
         SdloraError: the name is none, or another preset's; all factors are 1; the file cannot be read or written.
         """
-        name = name.strip()
-        if not name or not name.isprintable() or {*":#"} & {*name}:
-            raise SdloraError(f"{name!r} is no name of a preset; type one without : and # into the box of presets")
+        name = preset_name(name)
         if name in presets_in(self.folders[1:]):
             raise SdloraError(f"there is a preset {name} already; save yours under another name")
         if not factors:

@@ -106,6 +106,9 @@ def test_generate_knows_the_presets_of_its_library(tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit):
         cli.main(command)
     assert f"{library / 'lbwpresets.txt'}, line 1: MINE: 2 numbers" in capsys.readouterr().err
+    command[1:4] = ["a cat <lora:two:0.5:1>", "--lora", f"{library / 'one.safetensors'}:0.5"]
+    cli.main([*command, "--output", str(tmp_path / "out")])  # which names no preset
+    assert [lora.text_encoder for lora in read_job(Path(capsys.readouterr().out.splitlines()[-1])).loras] == [0.5, 0.5]
 
 
 def test_generate_writes_pictures_that_carry_their_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

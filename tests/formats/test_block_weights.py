@@ -11,9 +11,11 @@ from sdlora.formats.architectures import Architecture, sd1, sd2, sdxl, toybox
 from sdlora.formats.block_weights import (
     BLOCKS,
     PRESETS,
+    PresetsIn,
     absent,
     block_of,
     blocks_of,
+    preset_name,
     presets_in,
     read_factors,
     read_presets,
@@ -261,6 +263,31 @@ def test_presets_of_folders_stand_beside_the_built_in_ones(tmp_path: Path):
     (tmp_path / "two" / "lbwpresets.txt").write_bytes(b"MINE\xff:1,0")
     with pytest.raises(SdloraError, match="two.*cannot be read"):
         presets_in(folders)
+
+
+def test_presets_are_read_when_one_is_asked_for(tmp_path: Path):
+    presets = PresetsIn([tmp_path])
+    (tmp_path / "lbwpresets.txt").write_text(f"MINE:{ONES}\n")
+    assert dict(presets) == {**PRESETS, "MINE": ONES}
+    (tmp_path / "lbwpresets.txt").write_text("broken\n")
+    presets = PresetsIn([tmp_path])
+    for ask in (lambda: read_factors("INS", presets), lambda: len(presets)):
+        with pytest.raises(SdloraError, match="lbwpresets.txt, line 1"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *((name, "no name of a preset; write one without : #") for name in ("", " ", "a\nb", "a:b", "#a", "a@b")),
+        *((name, "no name of a preset; write one without : #") for name in ("X,Y", '"q"', ">")),
+        *((name, f"{name} is a number") for name in ("0.5", "-1", "1e3", "nan", "inf", ".5")),
+        *((name, f"{name} is the name of blocks") for name in ("IN04", "in04", "M00", "MID", "OUT", "BASE")),
+    ],
+)
+def test_what_means_something_else_is_no_name_of_a_preset(name: str, why: str):
+    with pytest.raises(SdloraError, match=re.escape(why)):
+        preset_name(name)
 
 
 def test_presets_are_read_back_as_they_were_written():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.errors import SdloraError
-from sdlora.formats.block_weights import BLOCKS, PRESETS, read_factors
+from sdlora.formats.block_weights import BLOCKS, PRESETS, preset_name, read_factors, read_presets, write_presets
 from sdlora.generation.job import Job
 from sdlora.generation.prompts.tags import lora_weights, names_of, resolved, tag_of, take_tags
 from sdlora.mixing.plan import LoraWeight
@@ -162,6 +162,20 @@ def test_presets_of_ones_own_stand_in_tags():
         assert resolved(Job(prompt=tag), LIBRARY, presets).loras == (lora,)
     with pytest.raises(SdloraError, match=r"no preset .* 'MIEN' \(nearest: MINE"):
         lora_weights(take_tags("<lora:a:lbw=MIEN>")[1], LIBRARY, 20, presets)
+
+
+@pytest.mark.parametrize("name", ["mine", "my own", "a=b", "1 to 2", "IN04 off", "crème", "a.b", "x\\y", "<a"])
+def test_a_name_that_a_preset_may_be_given_stands_in_its_file_and_in_tags(name: str):
+    assert preset_name(f" {name} ") == name
+    presets = read_presets(write_presets({name: "0.5" + ",1" * 11}))
+    (lora,) = lora_weights(take_tags(f"<lora:a:1:lbw={name}>")[1], LIBRARY, 20, presets)
+    assert lora.blocks == read_factors(name, presets) != ()
+
+
+def test_a_number_in_the_second_place_is_the_unets_weight_whatever_presets_are_called():
+    presets = {**PRESETS, "0.5": "0.25" + ",1" * 11}
+    (lora,) = lora_weights(take_tags("<lora:a:1:0.5>")[1], LIBRARY, 20, presets)
+    assert lora == replace(A, unet=0.5)
 
 
 # Jobs

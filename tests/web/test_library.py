@@ -1,5 +1,7 @@
 """The library gives out files it found itself, and no others."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,11 +50,16 @@ def test_a_folder_of_peft_is_one_lora(tmp_path: Path) -> None:
     assert library.scan() == (), "a link leads out of the library"
 
 
-def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    secret = _file(tmp_path / "elsewhere" / "secret.safetensors")
+def test_links_do_not_lead_out_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = _file(tmp_path / "elsewhere" / "deep" / "secret.safetensors")
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "link.safetensors").symlink_to(secret)
+    (tmp_path / "library" / "link").symlink_to(tmp_path / "elsewhere")
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
     assert Library([tmp_path / "library"]).entries == ()
+    assert listed and not any("deep" in path for path in listed), "what is dropped anyway is not walked"
 
 
 @pytest.mark.parametrize("id", ["", "../secret", "/etc/passwd", "0123456789abcdef"])
@@ -100,8 +107,9 @@ def test_a_preset_is_saved_and_all_else_in_the_file_is_kept(tmp_path: Path) -> N
     "name, factors, told",
     [
         ("", (("IN04", 0.5),), "no name of a preset"),
-        ("a:b", (("IN04", 0.5),), "without : and #"),
-        ("#a", (("IN04", 0.5),), "without : and #"),
+        ("a:b", (("IN04", 0.5),), "without : #"),
+        ("#a", (("IN04", 0.5),), "without : #"),
+        ("0.5", (("IN04", 0.5),), "is a number"),
         ("a\nb", (("IN04", 0.5),), "no name of a preset"),
         ("INS", (("IN04", 0.5),), "there is a preset INS already"),
         ("theirs", (("IN04", 0.5),), "there is a preset theirs already"),
@@ -118,17 +126,34 @@ def test_a_preset_that_cannot_be_is_refused(tmp_path: Path, name: str, factors: 
     assert not (tmp_path / "a" / PRESET_FILE).exists()
 
 
-def test_presets_that_cannot_be_read_are_told_and_never_written_over(tmp_path: Path) -> None:
+def test_links_inside_the_folder_take_no_names_away(tmp_path: Path) -> None:
+    _file(tmp_path / "z" / "flat.safetensors")
+    (tmp_path / "a").symlink_to("z")
+    assert [entry.label for entry in Library([tmp_path]).entries] == ["z/flat"]
+
+
+def test_presets_that_cannot_be_read_keep_no_library_from_being_made(tmp_path: Path) -> None:
+    _file(tmp_path / "style.safetensors")
+    assert Library([tmp_path]).problem == ""
+    (tmp_path / PRESET_FILE).write_text("broken\n")
+    library = Library([tmp_path])
+    assert f"{tmp_path / PRESET_FILE}, line 1" in library.problem
+    assert library.presets == PRESETS and library.names["style"] == tmp_path / "style.safetensors"
+
+
+@pytest.mark.parametrize(("held", "why"), [(b"mine:1,0\n", ", line 1"), (b"mine\xff:1,0\n", " cannot be read")])
+def test_presets_that_cannot_be_read_are_told_and_never_written_over(tmp_path: Path, held: bytes, why: str) -> None:
     library = Library([tmp_path])
     _file(tmp_path / "style.safetensors")
-    (tmp_path / PRESET_FILE).write_text("mine:1,0\n")
-    with pytest.raises(SdloraError, match="line 1"):
+    (tmp_path / PRESET_FILE).write_bytes(held)
+    told = re.escape(f"{tmp_path / PRESET_FILE}{why}")
+    with pytest.raises(SdloraError, match=told):
         library.scan()
     assert [entry.label for entry in library.entries] == ["style"], "LoRAs are found all the same"
     assert library.presets == PRESETS
-    with pytest.raises(SdloraError, match="line 1"):
+    with pytest.raises(SdloraError, match=told):
         library.save_preset("mine", (("IN04", 0.5),))
-    assert (tmp_path / PRESET_FILE).read_text() == "mine:1,0\n"
+    assert (tmp_path / PRESET_FILE).read_bytes() == held
 
 
 def test_names_cannot_break_or_reverse_a_line() -> None:

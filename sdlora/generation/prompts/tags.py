@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import SdloraError, nearest
-from sdlora.formats.block_weights import PRESETS, Factors, read_factors, write_factors
+from sdlora.formats.block_weights import PRESETS, Factors, is_number, read_factors, write_factors
 from sdlora.formats.numbers import short
 from sdlora.formats.sources import SUFFIX, loras_below, name_of, names_below
 from sdlora.generation.job import Job
@@ -174,7 +174,8 @@ def _weight(tag: Tag, path: Path, steps: int, presets: Mapping[str, str]) -> Lor
             why = _REFUSED.get(word, f"it is none of {', '.join(WORDS)}{nearest(word, WORDS)}")
             raise SdloraError(f"{tag}: {_short(word)}=: {why}")
     numbers, named = list(tag.numbers), dict(tag.named)
-    if len(numbers) == 2 and "lbw" not in named and ("," in numbers[1] or numbers[1] in presets):
+    second = numbers[1] if len(numbers) == 2 and not is_number(numbers[1]) else ""
+    if "lbw" not in named and ("," in second or (second and second in presets)):
         named["lbw"] = numbers.pop()  # as it was written before A1111 1.5
     if len(numbers) > 2:
         raise SdloraError(f"{tag}: {_short(numbers[2])!r} is one number too many; {_REFUSED['dyn']}")
@@ -190,10 +191,7 @@ def _weight(tag: Tag, path: Path, steps: int, presets: Mapping[str, str]) -> Lor
 
 
 def _number(tag: Tag, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
+    number = float(text) if is_number(text) else float("nan")
     if not isfinite(number):
         raise SdloraError(f"{tag}: the weight {_short(text)!r} is no number; write one such as 0.8")
     return number
