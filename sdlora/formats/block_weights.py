@@ -111,8 +111,16 @@ def write_factors(factors: Factors) -> str:
 
 
 def write_named(factors: Factors) -> str:
-    """As named blocks, "IN04:0.5,OUT03:0", which `read_factors` reads; "" where all are 1."""
-    return ",".join(f"{block}:{short(factor)}" for block, factor in _ordered(_checked(factors)))
+    """As named blocks, "IN04:0.5,OUT:0", which `read_factors` reads; "" where all are 1.
+
+    Groups are called by their names where all of their blocks agree.
+    """
+    told = dict(_ordered(_checked(factors)))
+    found: dict[str, float] = {}
+    for name, group in GROUPS.items():
+        values = {told.get(block, 1.0) for block in group}
+        found |= {block: told[block] for block in group if block in told} if len(values) > 1 else {name: values.pop()}
+    return ",".join(f"{name}:{short(factor)}" for name, factor in found.items() if factor != 1)
 
 
 def absent(factors: Factors, architecture: Architecture) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ import gradio as gr
 from sdlora.errors import SdloraError
 from sdlora.formats.architectures import Architecture
 from sdlora.formats.block_weights import GROUPS, PRESETS, Factors, read_factors, unlisted, write_named
-from sdlora.formats.numbers import short
 from sdlora.generation.notes import in_vain
 from sdlora.web import markup
 from sdlora.web.events import LATEST
@@ -78,7 +77,7 @@ def slid(text: str, at: Sequence[float], presets: Presets = PRESETS) -> str:
     for group, before, now in zip(GROUPS.values(), shown(text, presets), at, strict=True):
         if now != before:
             factors |= dict.fromkeys(group, float(now))
-    return _spelled(factors)
+    return write_named(tuple(factors.items()))
 
 
 def read(text: str, presets: Presets = PRESETS) -> Factors:
@@ -106,13 +105,3 @@ def _factors(text: str, presets: Presets) -> Factors:
         return read(text, presets)
     except SdloraError:
         return ()
-
-
-def _spelled(factors: dict[str, float]) -> str:
-    """Groups by their names where all of their blocks agree, else block by block."""
-    parts = []
-    for name, group in GROUPS.items():
-        values = {factors.get(block, 1.0) for block in group}
-        told = write_named(tuple((block, factors[block]) for block in group if block in factors))
-        parts.append(told if len(values) > 1 else "".join(f"{name}:{short(value)}" for value in values if value != 1))
-    return ",".join(filter(None, parts))

@@ -179,6 +179,11 @@ def test_what_is_written_is_read_back_to_the_bit(count: int):
         assert read_factors(write_named(factors)) == factors
 
 
+def test_groups_whose_blocks_agree_are_called_by_their_names():
+    for text in ("IN04:0.5,OUT:0", "BASE:0.25,IN:0,MID:2,OUT11:-1", "IN00:0.5,IN01:0.25"):
+        assert write_named(read_factors(text)) == text
+
+
 @pytest.mark.parametrize("count", LISTS)
 def test_a_list_is_written_in_the_length_that_it_was_typed_in(count: int):
     text = ",".join(f"0.{number}5" for number in range(1, count + 1))
