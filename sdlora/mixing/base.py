@@ -77,7 +77,6 @@ class Base:
         paths = wanted.keys() | self._held.keys()
         changed = sorted(path for path in paths if wanted.get(path) != self._held.get(path))
         try:
-            self._refuse_replaced(wanted)
             for path in changed:
                 if path in wanted:
                     self._merge(path, wanted[path])
@@ -99,8 +98,8 @@ class Base:
         if reasons:
             raise reasons[0]
 
-    def _refuse_replaced(self, paths: Iterable[str]) -> None:
-        """The model would be without what is merged into a module that it no longer has."""
+    def refuse_replaced(self, paths: Iterable[str]) -> None:
+        """SdloraError for parameters of modules that the model no longer has: it would be without their changes."""
         for name in (_split(path)[0] for path in paths):
             if name not in self.modules:
                 raise SdloraError(f"{name} was replaced after the mixer was made; make a new mixer")

@@ -28,7 +28,7 @@ from sdlora.mixing.live import Live
 from sdlora.mixing.plan import LoraWeight, Plan, Weights, lora_weight
 from sdlora.mixing.shelf import Book, Shelf, content_of
 from sdlora.mixing.succession import Word, refuse_foreign, take_over
-from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put
+from sdlora.mixing.tokens import Vocabulary, check_tokens, grown, learned, own_vocabulary, put, refuse_taught
 from sdlora.mixing.ways import Ways, ways
 from sdlora.models.families import components_of, family_of
 from sdlora.models.load import source_of
@@ -269,6 +269,7 @@ class Mixer:
         vocabularies = self._vocabularies if books is self._books else self._vocabularies_for(books)
         heard = [one for one, vocabulary in vocabularies.items() if vocabulary is not self._vocabularies[one]]
         try:
+            self._base.refuse_replaced(found.merged.keys() | found.live.keys())
             self._live.install(found.live)
             self._live.weigh(found.weights(0.0))
             self._follow(found)
@@ -320,7 +321,10 @@ class Mixer:
         found = {}
         for component, own in self._own.items():
             vectors, held = tokens.get(component, {}), self._vocabularies[component]
-            found[component] = held if same_vectors(vectors, held.learned) else grown(own, vectors)
+            if not same_vectors(vectors, held.learned):
+                refuse_taught(self.pipeline, component, held)
+                held = grown(own, vectors)
+            found[component] = held
         return found
 
 

@@ -129,6 +129,14 @@ def put(pipeline: Any, component: str, vocabulary: Vocabulary) -> None:
     setattr(pipeline, tokenizer_name(component), vocabulary.tokenizer)
 
 
+def refuse_taught(pipeline: Any, component: str, read: Vocabulary) -> None:
+    """SdloraError where the text encoder has learned from others since `read` was put: the next would take it away."""
+    if len(_embedding(pipeline, component).weight) != read.size + len(read.rows):
+        raise SdloraError(
+            f"the {component} has learned other tokens since the mixer was made; unload them, make the mixer after them"
+        )
+
+
 def put_back(pipeline: Any, component: str, own: Vocabulary, read: Vocabulary) -> None:
     """The base's vocabulary where `read` was in force. A tokenizer that never stood in for the base's stays."""
     tokenizer = tokenizer_of(pipeline, component)

@@ -87,6 +87,17 @@ def test_outputs_equal_those_of_diffusers_textual_inversion(kind: str):
     assert same_state(ours, state_of(tiny_pipeline(kind)))
 
 
+def test_tokens_that_diffusers_has_taught_since_are_not_taken_away():
+    pipeline = tiny_pipeline()
+    pipeline.tokenizer = copy.deepcopy(pipeline.tokenizer)
+    mixer = Mixer(pipeline)
+    pipeline.load_textual_inversion(torch.ones(32), token="<theirs>")
+    with pytest.raises(SdloraError, match="the text_encoder has learned other tokens since the mixer was made"):
+        mixer.add(Adapter({}, embeddings={"<s1>": {"text_encoder": rows(1)}}), "lora")
+    assert torch.equal(looked_up(pipeline, "<theirs>"), torch.ones(1, 32)) and mixer.names == ()
+    mixer.add(Adapter({}), "without tokens")
+
+
 def test_sdxl_spells_out_a_token_that_one_encoder_does_not_know():
     pipeline, plain = tiny_pipeline("sdxl"), tiny_pipeline("sdxl")
     Mixer(pipeline).add(Adapter({}, embeddings={"<s1>": {"text_encoder_2": rows(2)}}), "lora")
