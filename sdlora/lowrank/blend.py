@@ -117,7 +117,7 @@ def blend(
     outcomes = list(blended(adapters, method, keep, density, seed, bases))
     deltas = {outcome.path: outcome.delta for outcome in outcomes}
     kept = {outcome.path: outcome.kept for outcome in outcomes if outcome.kept is not None}
-    return Blend(Adapter(deltas, embeddings=_embeddings(_taken(adapters))), kept)
+    return Blend(Adapter(deltas, embeddings=shared_embeddings(adapters)), kept)
 
 
 def blended(
@@ -156,7 +156,7 @@ def blended(
     if not adapters:
         raise SdloraError("no adapters to blend are given; give at least one")
     parents = _taken(adapters)
-    _embeddings(parents)  # refuses before the work, not after it
+    shared_embeddings(adapters)  # refuses before the work, not after it
     terms = _terms(parents)
     if bases is None:
         _refuse_what_needs_a_base(terms)
@@ -331,14 +331,14 @@ def _refuse_what_needs_a_base(terms: Mapping[str, tuple[_Term, ...]]) -> None:
             if not term.delta.linear:
                 raise SdloraError(
                     f"{path}: {term.delta.name} in adapter {term.index} depends on the base model's weights;"
-                    " give that model (--base) to blend it"
+                    " give that model to blend it"
                 )
 
 
-def _embeddings(parents: Sequence[_Parent]) -> Embeddings:
-    """The learned tokens of all parents."""
+def shared_embeddings(adapters: Sequence[tuple[Adapter, Weights]]) -> Embeddings:
+    """The learned tokens of all adapters that have a weight. SdloraError: two mean different things by one."""
     found: dict[str, tuple[int, Mapping[str, Tensor]]] = {}
-    for parent in parents:
+    for parent in _taken(adapters):
         for token, vectors in parent.adapter.embeddings.items():
             first, known = found.setdefault(token, (parent.index, vectors))
             if not same_vectors(known, vectors):

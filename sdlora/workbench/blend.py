@@ -14,7 +14,7 @@ from sdlora.formats.checkpoints import Checkpoint
 from sdlora.formats.metadata import trigger_words
 from sdlora.formats.write import dtype_of, write
 from sdlora.lowrank.adapter import Adapter
-from sdlora.lowrank.blend import blended
+from sdlora.lowrank.blend import blended, shared_embeddings
 from sdlora.lowrank.laws import Delta
 from sdlora.lowrank.truncation import Keep, Kept
 from sdlora.workbench.bases import bases_of
@@ -76,16 +76,11 @@ def blend_files(
         yield Step(done, total, outcome.path, outcome.kept)
     if not deltas and all(one.adapter.deltas for one in opened):
         raise SdloraError(f"nothing to write to {output}: all weights are 0; give one LoRA another weight")
-    embeddings = {token: vectors for one in opened if _counts(one) for token, vectors in one.adapter.embeddings.items()}
     dtypes = {dtype_of(one.adapter) for one in opened}
     shared = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    write(Adapter(deltas, _metadata(opened, recipe), embeddings), output, naming, dtype or shared, overwrite)
+    blend = Adapter(deltas, _metadata(opened, recipe), shared_embeddings(pairs))
+    write(blend, output, naming, dtype or shared, overwrite)
     return Written(tuple(one.receipt for one in opened), kept)
-
-
-def _counts(one: Opened) -> bool:
-    weights = one.weights.of(list(one.adapter.deltas)).values()
-    return any(weights) or not weights
 
 
 def _metadata(opened: Sequence[Opened], recipe: Recipe) -> dict[str, str]:
