@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,43 +20,8 @@ from sdlora.formats.write import write
 from sdlora.lowrank.adapter import Adapter
 from sdlora.lowrank.laws import IA3, Delta, Full, LowRank
 from sdlora.mixing.tokens import learned
-from sdlora.workbench.conflicts import Conflicts, at_present_size, clashing, conflicts
-from sdlora.workbench.heat_map import (
-    ALIKE,
-    COLUMN,
-    EMPTY,
-    GAP,
-    MARGIN,
-    NAMES,
-    OPPOSED,
-    ROW,
-    heat_map,
-    save_heat_map,
-)
-
-DOWN, MIDDLE, UP = "unet.down_blocks.0.attentions.0", "unet.mid_block.attentions.0", "unet.up_blocks.0.attentions.0"
-QUERY, VALUE = "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_v"
-TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-MODULES = (f"{DOWN}.{QUERY}", f"{DOWN}.{VALUE}", f"{MIDDLE}.{QUERY}", f"{UP}.{VALUE}", TEXT)
-
-
-MIX = "nothing in the way of mixing them, but look at a ladder of weights"
-
-
-def low_rank(module: str, seed: int, rank: int = 3, size: float = 1.0) -> LowRank:
-    out, into = toybox_architecture().shapes[module][:2]
-    generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, into, generator=generator) / into**0.5
-    return LowRank(down, torch.randn(out, rank, generator=generator) * size, rank / 2)
-
-
-def scaled(delta: LowRank, factor: float) -> LowRank:
-    return LowRank(delta.down, delta.up * factor, delta.alpha)
-
-
-def saved(path: Path, deltas: dict[str, Any]) -> Path:
-    write(Adapter(deltas), path, overwrite=True)
-    return path
+from sdlora.workbench.conflicts import at_present_size, clashing, conflicts
+from tests.workbench.pairs import DOWN, MODULES, TEXT, VALUE, low_rank, saved, scaled, told
 
 
 def whole(delta: Delta, module: str) -> Tensor:
@@ -219,54 +183,6 @@ def test_equalised_weights_keep_the_mean_and_the_signs_of_those_that_are_set(
     assert at_present_size(equalised, now, 2.0) == pytest.approx(wanted, rel=5e-3)
 
 
-def told(tmp_path: Path, first: dict[str, Any], second: dict[str, Any], base: Checkpoint | None = None) -> Conflicts:
-    return conflicts([saved(tmp_path / "A.safetensors", first), saved(tmp_path / "B.safetensors", second)], base)
-
-
-def test_advice_names_the_blocks_that_are_against_each_other(tmp_path: Path) -> None:
-    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
-    second = {module: low_rank(module, 40 + i) for i, module in enumerate(MODULES)}
-    second[MODULES[2]], second[MODULES[3]] = (scaled(first[module], -1) for module in MODULES[2:4])
-    advice = told(tmp_path, first, second).pairs[0].advice
-    assert advice == (
-        "A and B change the same directions in M00, OUT00 with opposite sign (cosine -1.00): "
-        "lower one there, or use switch or composite"
-    )
-
-
-def test_advice_makes_neighbours_a_range(tmp_path: Path) -> None:
-    modules = [f"unet.up_blocks.{i}.attentions.{j}.{QUERY}" for i in (0, 1) for j in (0, 1)]
-    first = {module: low_rank(module, i) for i, module in enumerate(modules)}
-    second = {module: scaled(delta, 0.8 if i < 3 else 0.01) for i, (module, delta) in enumerate(first.items())}
-    second[modules[3]] = low_rank(modules[3], 9)
-    advice = told(tmp_path, first, second).pairs[0].advice
-    assert "push the same way in OUT00 to OUT03 (cosine 1.00)" in advice
-
-
-def test_advice_tells_what_is_nearly_one_what_drowns_and_what_hardly_touches(tmp_path: Path) -> None:
-    first = {module: low_rank(module, i) for i, module in enumerate(MODULES)}
-    other = {module: low_rank(module, 40 + i) for i, module in enumerate(MODULES)}
-    assert told(tmp_path, first, other).pairs[0].advice == f"A and B hardly touch: {MIX}"
-    large = {module: scaled(delta, 5.0) for module, delta in first.items()}
-    advice = told(tmp_path, first, large).pairs[0].advice
-    assert "nearly the same change (cosine 1.00)" in advice and "B is 5 times as large as A" in advice
-    advice = told(tmp_path, {MODULES[0]: first[MODULES[0]]}, {TEXT: first[TEXT]}).pairs[0].advice
-    assert advice == f"A and B change different blocks: {MIX}"
-    nothing = {module: scaled(delta, 0.0) for module, delta in first.items()}
-    found = told(tmp_path, first, nothing)
-    assert found.pairs[0].advice == "nothing to compare: B changes nothing that can be measured"
-    assert found.equalised is None and found.why_not == "B changes nothing"
-
-
-def test_advice_tells_of_directions_that_are_shared_without_a_sign(tmp_path: Path) -> None:
-    module = MODULES[0]
-    one = low_rank(module, 0, rank=2)
-    turned = LowRank(one.down, torch.stack([one.up[:, 1], -one.up[:, 0]], 1), one.alpha)
-    found = told(tmp_path, {module: one}, {module: turned}).pairs[0]
-    assert abs(found.whole.cosine or 0) < 0.2 and (found.whole.columns or 0) > 0.9 < (found.whole.rows or 0)
-    assert "work on the same directions in IN01" in found.advice
-
-
 def test_tokens_that_both_teach_are_named(tmp_path: Path) -> None:
     files = []
     for seed in range(3):
@@ -412,35 +328,6 @@ def test_with_partial_what_fits_of_another_model_is_compared(tmp_path: Path) -> 
         conflicts([small, other])
     found = conflicts([small, other], partial=True)
     assert found.pairs[0].blocks[0].cosine is not None and found.adapters[1].receipt.misfit
-
-
-def pixel(image: Image.Image, row: int, column: int, rows: int) -> Any:
-    """Near the left edge of a cell, counted from the last row of the only panel."""
-    bottom = image.height - MARGIN - 2 * ROW - (GAP if row < rows - 1 else 0)
-    return image.getpixel((MARGIN + NAMES + column * COLUMN + 4, bottom - (rows - row) * ROW + ROW // 2))
-
-
-def test_the_picture_shows_what_is_against_each_other_in_red(tmp_path: Path) -> None:
-    first = {module: low_rank(module, i) for i, module in enumerate(MODULES[1:4])}
-    second = {MODULES[1]: scaled(first[MODULES[1]], 0.5), MODULES[2]: scaled(first[MODULES[2]], -1)}
-    found = told(tmp_path, first, second)
-    image = heat_map(found)
-    assert pixel(image, 0, 2, 4) == ALIKE and pixel(image, 1, 2, 4) == OPPOSED
-    assert pixel(image, 2, 1, 4) == pixel(image, 2, 2, 4) == EMPTY  # B does not change OUT00
-    large, small = (sum(pixel(image, 0, column, 4)) for column in (0, 1))
-    assert large < small < 3 * 255  # darker is larger
-    save_heat_map(found, tmp_path / "map.png")
-    with Image.open(tmp_path / "map.png") as written:
-        assert written.format == "PNG" and written.size == image.size
-    with pytest.raises(SdloraError, match="overwrite"):
-        save_heat_map(found, tmp_path / "map.png")
-    save_heat_map(found, tmp_path / "map.png", overwrite=True)
-
-
-def test_the_picture_has_a_panel_for_each_pair(tmp_path: Path) -> None:
-    files = [saved(tmp_path / f"{i}.safetensors", {TEXT: low_rank(TEXT, i)}) for i in range(4)]
-    one, six = heat_map(conflicts(files[:2])), heat_map(conflicts(files))
-    assert six.width > 2.5 * one.width and six.height > 1.5 * one.height
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(
